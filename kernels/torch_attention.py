@@ -1,0 +1,168 @@
+"""The torch backend: CPU, MPS and any GPU without Triton. Gathers the active key tiles, computes only those."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .mask import TILE, MustKeep, pack_bits, tiles, unpack_words
+from .workspace import Workspace
+
+_SCORE_BUDGET = 64 * 2**20
+"""Elements of the score matrix held at once on an accelerator (256 MB in float32)."""
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
+                    backwards: list[bool] | None, threshold: float, recording: bool, must_keep: MustKeep | None,
+                    sm_scale: float, workspace: Workspace, computed: Tensor | None) -> None:
+    """`lite_attention` after its checks; writes `out` and `lse`, and the masks of `rows` while recording.
+
+    q, k, v, out: [B, H, N, D] views; scores and softmax in float32 whatever the input dtype. `workspace` is not
+    used: tensors here live for one query tile.
+    """
+    batch, heads, seqlen_q, _ = q.shape
+    seqlen_k = k.shape[2]
+    q_tiles, k_tiles = tiles(seqlen_q), tiles(seqlen_k)
+    if rows is None:
+        active = np.ones((batch, heads, q_tiles, k_tiles), dtype=bool)
+        backwards = [False] * batch
+    else:
+        words = torch.stack([m.words[r] for m, r in rows])
+        active = unpack_words(words.cpu(), k_tiles).numpy()
+    ragged = seqlen_k % TILE != 0
+    lists = [
+        _TileList(b, h, qt, *_split_tail(active[b, h, qt], ragged), backwards[b])
+        for b in range(batch) for h in range(heads) for qt in range(q_tiles)
+    ]
+    keep = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=q.device) if recording else None
+    for group in _groups(lists, seqlen_q, q.device):
+        _attend(q, k, v, out, lse, group, threshold * math.log(2), sm_scale, keep)
+    if computed is not None:
+        computed += int(active.sum())
+    if recording:
+        if must_keep is not None:
+            keep |= must_keep.tile_mask(seqlen_q, seqlen_k).to(q.device)
+        kept = pack_bits(keep)
+        for b, (m, r) in enumerate(rows):
+            m.words[r] &= kept[b]
+
+
+@dataclass(frozen=True)
+class _TileList:
+    """The active key tiles of one query tile. `body`: whole tiles, ascending; `tail`: the partial last one is active."""
+
+    b: int
+    h: int
+    qt: int
+    body: np.ndarray
+    tail: bool
+    backwards: bool
+
+    @property
+    def empty(self) -> bool:
+        return not self.tail and not self.body.size
+
+    def visit_positions(self) -> np.ndarray:
+        """Positions in `body`, in visit order: the own tile first, then ascending or descending."""
+        own = self.body == self.qt
+        others = np.flatnonzero(~own)
+        return np.concatenate([np.flatnonzero(own), others[::-1] if self.backwards else others])
+
+
+def _split_tail(active: np.ndarray, ragged: bool) -> tuple[np.ndarray, bool]:
+    whole = active[:-1] if ragged else active
+    return np.flatnonzero(whole), bool(ragged and active[-1])
+
+
+def _groups(lists: list[_TileList], seqlen_q: int, device: torch.device) -> list[list[_TileList]]:
+    """Query tiles to compute together: one by one on a CPU (its cache), by similar cost on an accelerator."""
+    if device.type == "cpu":
+        return [[x] for x in lists]
+    partial = tiles(seqlen_q) - 1 if seqlen_q % TILE else -1
+
+    def kind(x: _TileList) -> tuple[bool, bool, bool]:
+        return x.qt == partial, x.empty, x.tail
+
+    groups: list[list[_TileList]] = []
+    for x in sorted(lists, key=lambda x: (kind(x), -x.body.size)):
+        group = groups[-1] if groups else None
+        if (group and kind(group[0]) == kind(x)
+                and (len(group) + 1) * (group[0].body.size + 1) * TILE * TILE <= _SCORE_BUDGET):
+            group.append(x)
+        else:
+            groups.append([x])
+    return groups
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, group: list[_TileList],
+            threshold: float, sm_scale: float, keep: Tensor | None) -> None:
+    """Attention of a group alike in tail and query rows, padded to its longest body. threshold: natural log."""
+    rows = min(TILE, q.shape[2] - group[0].qt * TILE)
+
+    def span(x: _TileList) -> slice:
+        return slice(x.qt * TILE, x.qt * TILE + rows)
+
+    if group[0].empty:
+        for x in group:
+            out[x.b, x.h, span(x)] = 0
+            if lse is not None:
+                lse[x.b, x.h, span(x)] = -math.inf
+        return
+    body_len = max(x.body.size for x in group)
+    queries = _stack([q[x.b, x.h, span(x)] for x in group]).float() * sm_scale
+    keys, values = (_stack([_gather(t[x.b, x.h], x, body_len) for x in group]).float() for t in (k, v))
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    body_scores = scores[..., :body_len * TILE].unflatten(-1, (body_len, TILE))
+    for i, x in enumerate(group):
+        body_scores[i, :, x.body.size:] = -math.inf
+    tile_max = body_scores.amax(-1)
+    if group[0].tail:
+        tile_max = torch.cat([tile_max, scores[..., body_len * TILE:].amax(-1, keepdim=True)], -1)
+    if keep is not None:
+        _vote(tile_max, body_len, threshold, group, keep)
+    row_max = tile_max.amax(-1, keepdim=True)
+    # A row of nothing but -inf has no maximum to subtract.
+    row_max = torch.where(row_max == -math.inf, 0.0, row_max)
+    # exp, not exp2: on a CPU it is several times faster in torch.
+    weights = scores.sub_(row_max).exp_()
+    total = weights.sum(-1, keepdim=True)
+    result = torch.bmm(weights, values).div_(total)
+    for i, x in enumerate(group):
+        out[x.b, x.h, span(x)] = result[i].to(out.dtype)
+        if lse is not None:
+            lse[x.b, x.h, span(x)] = (row_max[i] + total[i].log()).squeeze(-1)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+
+def _gather(x: Tensor, tile_list: _TileList, body_len: int) -> Tensor:
+    """Keys or values [tokens, D] of the active tiles of one list, its body padded with tile 0 to `body_len`."""
+    full = x.shape[0] // TILE
+    body = tile_list.body
+    if body.size == body_len == full:
+        return x if tile_list.tail or full * TILE == x.shape[0] else x[:full * TILE]
+    part = x[:full * TILE].unflatten(0, (full, TILE))
+    index = torch.from_numpy(np.pad(body, (0, body_len - body.size))).to(x.device)
+    part = part.index_select(0, index).flatten(0, 1)
+    return torch.cat([part, x[full * TILE:]]) if tile_list.tail else part
+
+
+def _vote(tile_max: Tensor, body_len: int, threshold: float, group: list[_TileList], keep: Tensor) -> None:
+    """Write the keep decisions of a group. tile_max: [G, rows, tiles], scaled scores in natural log."""
+    for i, x in enumerate(group):
+        positions = x.visit_positions()
+        columns = x.body[positions]
+        if x.tail:
+            positions, columns = np.append(positions, body_len), np.append(columns, keep.shape[-1] - 1)
+        in_order = tile_max[i].index_select(-1, torch.from_numpy(positions).to(tile_max.device))
+        running = in_order.cummax(-1).values
+        reference = torch.cat([torch.full_like(running[:, :1], -math.inf), running[:, :-1]], -1)
+        # "Not at or below", and also every row that has met +inf: NaN and Inf vote to keep.
+        stays = (~(in_order - reference <= threshold) | (reference == math.inf)).any(0)
+        keep[x.b, x.h, x.qt, torch.from_numpy(columns).to(keep.device)] = stays

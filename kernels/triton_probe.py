@@ -1,0 +1,151 @@
+"""Can Triton run here? Asked once per machine, in a child process, and the verdict kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+_CHILD_TIMEOUT_S = 300
+_CHILD = Path(__file__).with_name("selftest.py")
+
+
+@dataclass(frozen=True)
+class TritonVerdict:
+    """`usable`, and otherwise `reason`: one sentence for the user with what to do."""
+
+    usable: bool
+    reason: str = ""
+
+
+def triton_verdict(device: torch.device) -> TritonVerdict:
+    """Whether the Triton backend can run on `device`.
+
+    The first question on a machine (per GPU, driver, torch, Triton and version of these kernels) starts a child
+    process that compiles and checks a small call, because a launch on an unsuited driver can end the process.
+    Later ones read the cached verdict. On a CPU only Triton's interpreter runs (TRITON_INTERPRET=1).
+    """
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return TritonVerdict(False, "Triton runs on a CPU only in its interpreter (TRITON_INTERPRET=1)")
+        return TritonVerdict(True) if importlib.util.find_spec("triton") else TritonVerdict(False, install_hint())
+    if device.type != "cuda":
+        return TritonVerdict(False, f"Triton does not run on {device.type} devices")
+    return _device_verdict(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache(maxsize=None)
+def _device_verdict(index: int) -> TritonVerdict:
+    if importlib.util.find_spec("triton") is None:
+        return TritonVerdict(False, install_hint())
+    properties = torch.cuda.get_device_properties(index)
+    if not torch.version.hip and properties.major < 8:
+        return TritonVerdict(False, f"{properties.name} (sm_{properties.major}{properties.minor}) is older than "
+                                    "sm_80, the first that the kernels are made for")
+    identity = [properties.name, str(torch.version.cuda or torch.version.hip), torch.__version__,
+                _triton_version(), _driver_version(), _source_hash()]
+    return cached_verdict(identity, f"cuda:{index}")
+
+
+def cached_verdict(identity: list[str], device: str, cache_dir: Path | None = None,
+                   run_child: Callable[[str], TritonVerdict] | None = None) -> TritonVerdict:
+    """The verdict stored for `identity`, or else that of a child process, which is then stored.
+
+    Only a verdict that was reached is stored; a cache that cannot be read or written costs time, nothing else.
+    """
+    folder = cache_dir or user_cache_dir()
+    path = folder / f"triton-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.json"
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return TritonVerdict(bool(held["usable"]), str(held["reason"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    verdict = (run_child or run_selftest)(device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps({**asdict(verdict), "identity": identity}), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        pass
+    return verdict
+
+
+def run_selftest(device: str) -> TritonVerdict:
+    """Compile, run and check a small call on `device` ("cuda:0", "cpu") in a child process."""
+    # PYTHONPATH of the host could shadow what the child needs; the child loads this folder by its location.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    try:
+        child = subprocess.run([sys.executable, str(_CHILD), device], capture_output=True, text=True,
+                               timeout=_CHILD_TIMEOUT_S, env=environment, check=False)
+    except subprocess.TimeoutExpired:
+        return TritonVerdict(False, f"the Triton self-test did not finish in {_CHILD_TIMEOUT_S} s")
+    except OSError as error:
+        return TritonVerdict(False, f"the Triton self-test could not be started: {error}")
+    if child.returncode == 0:
+        return TritonVerdict(True)
+    said = [line for line in (child.stderr or child.stdout or "").strip().splitlines() if line.strip()]
+    detail = said[-1][:300] if said else "it said nothing"
+    ended = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+    return TritonVerdict(False, f"the Triton self-test on this GPU ended with {ended}: {detail}")
+
+
+def install_hint() -> str:
+    """Which Triton package fits the installed torch on this system, with the command."""
+    system = platform.system()
+    if system == "Darwin":
+        return "Triton does not exist for macOS"
+    if system == "Windows":
+        version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+        fits = {"2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6"}.get(version)
+        wanted = f'"triton-windows=={fits}.*"' if fits else "triton-windows"
+        python = sys.executable if " " not in sys.executable else f'"{sys.executable}"'
+        return f"Triton is not installed; for torch {version} on Windows run: {python} -m pip install {wanted}"
+    if torch.version.hip:
+        return "Triton is not installed; a ROCm build of torch brings it as pytorch-triton-rocm: reinstall torch"
+    return f"Triton is not installed; a CUDA build of torch brings it: {sys.executable} -m pip install triton"
+
+
+def user_cache_dir() -> Path:
+    """Folder for verdicts: LITEATTENTION_CACHE, else the system's per-user cache."""
+    if os.environ.get("LITEATTENTION_CACHE"):
+        return Path(os.environ["LITEATTENTION_CACHE"])
+    if platform.system() == "Windows":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif platform.system() == "Darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "comfyui-liteattention"
+
+
+def _triton_version() -> str:
+    for name in ("triton", "triton-windows", "pytorch-triton-rocm", "pytorch-triton"):
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _driver_version() -> str:
+    reader = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return str(reader()) if reader else "unknown"
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,71 @@
+"""Scratch memory that outlives a call, so that a steady render allocates nothing but its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .mask import MustKeep, pack_bits
+
+_TABLE_LIMIT = 256
+"""Distinct small tables kept per workspace; a render needs a handful per layer, a leak would need more."""
+
+
+class Workspace:
+    """Growing scratch buffers and small constant tables, per device. Not shared between streams of one device.
+
+    Args:
+        allocating: gives a context manager to hold around every allocation that outlives the call (ComfyUI's
+            recorder of block allocations has to be paused for those).
+    """
+
+    def __init__(self, allocating: Callable[[], AbstractContextManager] = nullcontext):
+        self._allocating = allocating
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self._tables: dict[tuple, Tensor] = {}
+
+    def buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised flat buffer of at least `numel` elements, the same one at every call."""
+        key = (name, device)
+        held = self._buffers.get(key)
+        if held is None or held.numel() < numel:
+            # Let go before asking: the old and the new buffer need not exist together.
+            self._buffers.pop(key, None)
+            del held
+            with self._allocating(), torch.inference_mode(False):
+                held = torch.empty(numel, dtype=dtype, device=device)
+            self._buffers[key] = held
+        return held
+
+    def row_table(self, entries: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+        """int64 [B, 2]: for each batch row the address of its mask bits and whether it visits backwards."""
+        return self._table((device, entries), lambda: torch.tensor(entries, dtype=torch.int64, device=device))
+
+    def must_words(self, must_keep: MustKeep, seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
+        """int32 [QT, W]: the must-keep tiles as mask words."""
+        return self._table(
+            (device, must_keep, seqlen_q, seqlen_k),
+            lambda: pack_bits(must_keep.tile_mask(seqlen_q, seqlen_k)).contiguous().to(device),
+        )
+
+    def _table(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        held = self._tables.get(key)
+        if held is None:
+            if len(self._tables) >= _TABLE_LIMIT:
+                self._tables.pop(next(iter(self._tables)))
+            with self._allocating(), torch.inference_mode(False):
+                held = self._tables[key] = make()
+        return held
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by buffers and tables."""
+        return sum(t.numel() * t.element_size() for held in (self._buffers, self._tables) for t in held.values())
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._buffers.clear()
+        self._tables.clear()

@@ -1,0 +1,97 @@
+"""The LiteAttention node."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..host import attach
+from ..runtime import LiteAttentionConfig, RunHandle, parse_blocks
+from ..runtime.config import (
+    STATE_MB_DEFAULT,
+    STATE_MB_MAX,
+    STATE_MB_MIN,
+    STEPS_MAX,
+    THRESHOLD_DEFAULT,
+    THRESHOLD_MAX,
+    THRESHOLD_MIN,
+    TOKENS_MAX,
+    threshold_problem,
+)
+
+LiteAttentionRun = io.Custom("LITEATTENTION_RUN")
+
+
+class LiteAttention(io.ComfyNode):
+    """Patches a model so that its sampling runs skip attention tiles that have stopped to matter."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiteAttention",
+            display_name="LiteAttention",
+            category="model/patch",
+            search_aliases=["sparse attention", "speed up", "wan", "video", "skip", "faster", "attention"],
+            description="Makes video sampling faster: parts of self-attention that do not matter at one step are "
+                        "skipped in all later ones. Put it last before the sampler. The node tells how much it skipped.",
+            inputs=[
+                io.Model.Input("model", tooltip="A diffusion transformer. Patches applied before stay in place and "
+                                                "serve the calls that LiteAttention leaves."),
+                io.Float.Input(
+                    "threshold", default=THRESHOLD_DEFAULT, min=THRESHOLD_MIN, max=THRESHOLD_MAX, step=0.5,
+                    tooltip="When to skip a tile of attention for the rest of the run, as a power of two: -10 skips "
+                            "what weighs under 1/1024 of the strongest match. -14: very careful (1/16384). -10: the "
+                            "default. -6: bold (1/64), check the video. -3: drafts and small models (1/8). Towards 0 "
+                            "is faster and further from the dense video. Details flicker or vanish? Lower it by 2."),
+                io.Int.Input(
+                    "warmup_steps", default=2, min=0, max=STEPS_MAX,
+                    tooltip="Steps at the start of this run that compute everything. More is safer and slower. Never "
+                            "more than a quarter of the run: with 4 steps it is 1. 0 starts to skip in the second "
+                            "step with what the first has seen."),
+                io.Int.Input(
+                    "dense_end_steps", default=0, min=0, max=STEPS_MAX, advanced=True,
+                    tooltip="Steps at the end of this run that compute everything again. Raise it to 1 or 2 if fine "
+                            "texture suffers; each costs a full step."),
+                io.String.Input(
+                    "dense_blocks", default="", advanced=True,
+                    tooltip='Transformer blocks that never skip: numbers and ranges from 0, as in "0-1, 38, -1". '
+                            "Negative numbers count from the end. The first and last blocks are the most sensitive."),
+                io.Int.Input(
+                    "min_tokens", default=0, min=0, max=TOKENS_MAX, advanced=True,
+                    tooltip="Attention over fewer tokens than this stays as it was. 0 chooses by device: 1024 on a "
+                            "CPU, 4096 on a GPU. Lower it only to try the node on small videos."),
+                io.Int.Input(
+                    "max_state_mb", default=STATE_MB_DEFAULT, min=STATE_MB_MIN, max=STATE_MB_MAX, advanced=True,
+                    tooltip="Most memory in MB that the skip masks may take. Wan 14B at 720p and 81 frames needs 69 "
+                            "per prompt. Above it the layers that skip least stay dense, and are named."),
+                io.Boolean.Input(
+                    "log_details", default=False, advanced=True,
+                    tooltip="Also writes the run's account to the log as JSON and times attention, which slows a GPU "
+                            "a little. For reports and comparisons."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The patched model; the input model stays as it was."),
+                LiteAttentionRun.Output(display_name="run",
+                                        tooltip="Handle to the account of the last run, for other LiteAttention "
+                                                "nodes. May stay unconnected."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, threshold: float | None = None, dense_blocks: str | None = None) -> bool | str:
+        """Errors that belong on the node before anything runs; linked values are not known yet and arrive as None."""
+        problem = None if threshold is None else threshold_problem(threshold)
+        if problem is None and dense_blocks is not None:
+            try:
+                parse_blocks(dense_blocks)
+            except ValueError as error:
+                problem = str(error)
+        return problem or True
+
+    @classmethod
+    def execute(cls, model, threshold: float, warmup_steps: int, dense_end_steps: int = 0, dense_blocks: str = "",
+                min_tokens: int = 0, max_state_mb: int = STATE_MB_DEFAULT, log_details: bool = False) -> io.NodeOutput:
+        config = LiteAttentionConfig(threshold, warmup_steps, dense_end_steps, dense_blocks, min_tokens, max_state_mb,
+                                     log_details)
+        handle = RunHandle()
+        return io.NodeOutput(attach(model, config, node_id=cls.hidden.unique_id, handle=handle), handle)

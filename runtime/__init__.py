@@ -1,0 +1,11 @@
+"""What outlives one attention call: settings, schedule, skip masks and statistics of a sampling run. No ComfyUI."""
+
+from .call import AttentionCall
+from .config import LiteAttentionConfig, parse_blocks
+from .evaluation import Evaluation, LayerId
+from .schedule import Phase, StepPlan
+from .session import RunHandle, Session
+from .statistics import Receipt, StepReport
+
+__all__ = ["AttentionCall", "Evaluation", "LayerId", "LiteAttentionConfig", "Phase", "Receipt", "RunHandle", "Session",
+           "StepPlan", "StepReport", "parse_blocks"]

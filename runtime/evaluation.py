@@ -1,0 +1,159 @@
+"""One forward pass of a model: every attention call of it is taken or left here."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..kernels import SkipMask, UnsupportedAttention, call_tiles, lite_attention
+from . import policy
+from .call import AttentionCall
+from .schedule import Phase
+from .state import LayerKey
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+@dataclass(frozen=True)
+class LayerId:
+    """How a model names the block that calls: its type, number and, where known, the number of blocks."""
+
+    kind: str
+    index: int
+    total: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.index}"
+
+
+class Evaluation:
+    """The context of one forward pass; made by `Session.evaluation`, used by one thread.
+
+    Takes part of no state that a half-finished forward pass could leave behind: the next pass has its own object.
+    """
+
+    def __init__(self, session: Session, number: int, model: Hashable, rows: Sequence[Hashable] | None,
+                 latent_tokens: int | None, window: Hashable, leave: str | None):
+        self.session = session
+        self.number = number
+        self.model = model
+        self.rows = rows
+        self.latent_tokens = latent_tokens
+        self.window = window
+        self.leave = leave
+        self._ordinals: Counter[str] = Counter()
+
+    def attend(self, call: AttentionCall, layer: LayerId | None, previous: Callable[[], Tensor]) -> Tensor:
+        """The call's result in the layout that its caller wants: from our kernel, or from `previous()`.
+
+        Never raises on behalf of skip-mask attention: what it cannot serve, `previous` computes, counted by reason.
+        """
+        session = self.session
+        started = self._clock(call)
+        reason, over_video = self._reason(call, layer)
+        out = None
+        if reason is None:
+            out, reason = self._take(call, layer)
+        if out is not None:
+            tiles = call_tiles(call.batch, call.heads, call.seqlen_q, call.seqlen_k)
+            session.statistics.count_taken(self.number, tiles, call.seqlen_q, self._clock(call) - started)
+            return out
+        out = previous()
+        dense_tiles = call_tiles(call.batch, call.heads, call.seqlen_q, call.seqlen_k) if over_video else 0
+        session.statistics.count_left(self.number, reason, dense_tiles, self._clock(call) - started)
+        return out
+
+    def _reason(self, call: AttentionCall, layer: LayerId | None) -> tuple[str | None, bool]:
+        """Why the call is left to the previous attention, and whether it is one over the video's tokens."""
+        session = self.session
+        reason = policy.call_reason(call, session.config.min_tokens)
+        if reason is None and layer is None:
+            reason = policy.NO_LAYER
+        if reason is None:
+            reason = policy.token_reason(call.seqlen_q, self.latent_tokens)
+        if reason is not None:
+            return reason, False
+        if self.rows is None or len(self.rows) != call.batch:
+            return policy.NO_ROWS, True
+        if self.leave is not None:
+            return self.leave, True
+        if session.failed:
+            return policy.KERNEL_FAILED, True
+        if session.dense_blocks.holds(layer.index, layer.total):
+            return policy.DENSE_BLOCK, True
+        phase = session.phase()
+        if phase in (Phase.WARMUP, Phase.END):
+            return phase.value, True
+        if session.backend(call.q.device) is None:
+            return policy.NO_BACKEND, True
+        return None, True
+
+    def _take(self, call: AttentionCall, layer: LayerId) -> tuple[Tensor | None, str | None]:
+        """(result, None), or (None, reason)."""
+        session = self.session
+        device = call.q.device
+        key = LayerKey(self.model, device, str(layer), self._ordinals[str(layer)], self.window)
+        self._ordinals[str(layer)] += 1
+        if session.masks.is_dense(key):
+            return None, policy.OVER_STATE_LIMIT
+        try:
+            masks = session.masks.masks(key, self.rows, call.heads, call.seqlen_q, call.head_dim, call.q.dtype)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not policy.is_out_of_memory(error):
+                raise
+            session.note(f"no memory for the skip mask of layer {layer}; it stays dense")
+            return None, policy.NO_MEMORY
+        for line in session.masks.restarts[:]:
+            session.masks.restarts.remove(line)
+            session.note(f"starting fresh: layer {line}")
+        first = not all(mask.passes[0] for mask in masks)
+        if session.phase() is Phase.RECORD:
+            if not first:
+                return None, Phase.WARMUP.value
+            # Rows recorded at different evaluations of this step: the step stays dense for all of them.
+            for mask in masks:
+                mask.reset()
+        out, reason = self._run(call, key, masks)
+        if out is not None and first:
+            for name in session.masks.enforce_limit():
+                session.note(f"masks reached max_state_mb = {session.config.max_state_mb}: layer {name}, which skips "
+                             "least, stays dense")
+        return out, reason
+
+    def _run(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask]) -> tuple[Tensor | None, str | None]:
+        session = self.session
+        device = key.device
+        try:
+            out = lite_attention(
+                call.q, call.k, call.v, masks, heads=call.packed_heads, sm_scale=call.sm_scale,
+                threshold=session.config.threshold,
+                must_keep=policy.must_keep_tokens(call.seqlen_q, self.latent_tokens),
+                backend=session.backend(device), workspace=session.workspace(device),
+                computed=session.statistics.counter(device))
+        except UnsupportedAttention as error:
+            session.note(f"layer {key.name} left as it was: {error}")
+            return None, error.reason
+        except Exception as error:
+            session.masks.forget(key)
+            if policy.is_out_of_memory(error):
+                raise
+            session.failed = True
+            session.note(f"the kernel failed at layer {key.name} and is not tried again in this run; attention goes "
+                         f"on as it was before. {type(error).__name__}: {str(error)[:300]}")
+            return None, policy.KERNEL_FAILED
+        return call.restore(out), None
+
+    def _clock(self, call: AttentionCall) -> float:
+        """Seconds, after the device has caught up; 0 unless details are logged."""
+        if not self.session.config.log_details:
+            return 0.0
+        if call.q.device.type == "cuda":
+            torch.cuda.synchronize(call.q.device)
+        return time.perf_counter()

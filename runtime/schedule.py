@@ -1,0 +1,74 @@
+"""Which steps of a run are dense, which one records, and which are sparse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Phase(Enum):
+    """What attention does during a step."""
+
+    WARMUP = "warm-up step"
+    """Dense, by the previous attention."""
+    RECORD = "recording step"
+    """Dense, by our kernel, which records the first mask."""
+    SPARSE = "sparse step"
+    """Read, skip, record."""
+    END = "dense end step"
+    """Dense again, by the previous attention."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Phases of a run of `total_steps` steps (the run's own steps: a KSamplerAdvanced from 4 to 8 has four).
+
+    Warm-up takes at most a quarter of the run and, unless 0 was asked for, at least one step: four-step models would
+    otherwise have nothing left to speed up. Its last step runs through our kernel and records, so that no step
+    is spent on recording alone. With 0 the first step records too, but a second evaluation inside it skips.
+    """
+
+    total_steps: int
+    warmup_steps: int = 2
+    dense_end_steps: int = 0
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps at the start that compute every tile."""
+        return min(self.warmup_steps, max(1, self.total_steps // 4))
+
+    @property
+    def first_end_step(self) -> int:
+        """The step from which the run is dense again."""
+        return max(0, self.total_steps - self.dense_end_steps)
+
+    @property
+    def sparse_steps(self) -> int:
+        """Steps that may skip. With warm-up 0 the first of them only records."""
+        return max(0, self.first_end_step - self.dense_steps)
+
+    def phase(self, step: int) -> Phase:
+        """The phase of `step`, counted from 0. Steps past the planned end keep the last phase."""
+        if self.dense_end_steps and step >= self.first_end_step:
+            return Phase.END
+        if self.sparse_steps == 0 and step < self.dense_steps:
+            return Phase.WARMUP
+        if step < self.dense_steps - 1:
+            return Phase.WARMUP
+        if step == self.dense_steps - 1:
+            return Phase.RECORD
+        return Phase.SPARSE
+
+    def describe(self) -> str:
+        """What the settings mean for this run, e.g. "step 1 of 4 dense"."""
+        parts = []
+        if self.dense_steps:
+            parts.append(f"step 1 of {self.total_steps} dense" if self.dense_steps == 1
+                         else f"steps 1-{self.dense_steps} of {self.total_steps} dense")
+        else:
+            parts.append(f"step 1 of {self.total_steps} records")
+        if self.dense_end_steps:
+            parts.append(f"from step {self.first_end_step + 1} dense again")
+        if self.sparse_steps == 0:
+            parts.append("no step left to skip in: lower warmup_steps or dense_end_steps")
+        return ", ".join(parts)

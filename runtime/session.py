@@ -1,0 +1,148 @@
+"""One sampling run: its settings, clocks, masks and accounts, made at its start and closed at its end."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from ..kernels import Workspace, resolve_backend
+from .config import LiteAttentionConfig, parse_blocks
+from .evaluation import Evaluation
+from .schedule import Phase, StepPlan
+from .state import MB, MaskTable
+from .statistics import Receipt, Statistics, StepReport
+
+log = logging.getLogger("LiteAttention")
+
+
+class RunHandle:
+    """What the node hands to later nodes: the account of the last finished run. Holds no tensors."""
+
+    def __init__(self) -> None:
+        self.receipt: Receipt | None = None
+
+
+class Session:
+    """State and policy of one sampling run, made at its start and closed in its `finally`.
+
+    Two clocks: masks age by the recording passes of their own row (one per model evaluation); the phase moves with
+    the sampler's steps. Second-order samplers evaluate the model more often than they step, step caches less.
+
+    Args:
+        config: the node's settings.
+        total_steps: steps of this run.
+        on_step: called with the report of each step.
+        allocating: gives a context manager to hold around allocations that outlive a call.
+    """
+
+    def __init__(self, config: LiteAttentionConfig, total_steps: int, *,
+                 on_step: Callable[[StepReport], None] | None = None,
+                 allocating: Callable[[], AbstractContextManager] = nullcontext):
+        self.config = config
+        self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps)
+        self.dense_blocks = parse_blocks(config.dense_blocks)
+        self.masks = MaskTable(config.max_state_mb * MB, allocating)
+        self.statistics = Statistics()
+        self.step = 0
+        self.failed = False
+        self._on_step = on_step
+        self._allocating = allocating
+        self._workspaces: dict[torch.device, Workspace] = {}
+        self._backends: dict[torch.device, str | None] = {}
+        self._notes: list[str] = []
+        self._lock = threading.Lock()
+        self._evaluation_numbers = itertools.count()
+        self._receipt: Receipt | None = None
+
+    def evaluation(self, *, model: Hashable, rows: Sequence[Hashable] | None, latent_tokens: int | None,
+                   window: Hashable = None, leave: str | None = None) -> Evaluation:
+        """The context of one forward pass of a model.
+
+        Args:
+            model: identity of the network.
+            rows: one stable name for each batch row (which conditioning, which latent), or None if unknown.
+            latent_tokens: tokens that the latent makes, or None if unknown; a sequence may hold more.
+            window: identity of the context window, or None.
+            leave: reason to leave every call of this pass to the previous attention.
+        """
+        return Evaluation(self, next(self._evaluation_numbers), model, rows, latent_tokens, window, leave)
+
+    def phase(self) -> Phase:
+        """The phase of the current step."""
+        return self.plan.phase(self.step)
+
+    def end_step(self, step: int) -> StepReport:
+        """The sampler has finished `step` (counted from 0)."""
+        phase = self.phase()
+        skipped = self.statistics.end_step(self.step)
+        report = StepReport(self.step + 1, self.plan.total_steps, skipped, self.statistics.skipped_so_far(),
+                            self.masks.nbytes, phase.value)
+        self.step = max(self.step, step + 1)
+        if self._on_step is not None:
+            self._on_step(report)
+        return report
+
+    def backend(self, device: torch.device) -> str | None:
+        """The backend for `device`, or None where calls are better left to the previous attention.
+
+        On an accelerator without Triton the torch backend is not taken unless it was asked for by name: a fused
+        dense attention is hard to beat by gathering. The reason is noted once, with the package to install.
+        """
+        with self._lock:
+            if device in self._backends:
+                return self._backends[device]
+        try:
+            choice = resolve_backend(device)
+            name: str | None = choice.name
+            if name == "torch" and device.type != "cpu" and not choice.asked:
+                name = None
+            reason = choice.reason
+        except ValueError as error:
+            name, reason = None, str(error)
+        if name is None:
+            self.note(f"attention stays as it was on {device}. {reason}")
+        with self._lock:
+            self._backends[device] = name
+        return name
+
+    def note(self, text: str) -> None:
+        """Log a line once per run and keep it for the receipt."""
+        with self._lock:
+            if text in self._notes:
+                return
+            self._notes.append(text)
+        log.warning("LiteAttention: %s", text)
+
+    def workspace(self, device: torch.device) -> Workspace:
+        """Scratch memory of this run on `device`."""
+        with self._lock:
+            return self._workspaces.setdefault(device, Workspace(self._allocating))
+
+    def close(self) -> Receipt:
+        """Free everything and give the run's account. Safe to call again."""
+        if self._receipt is None:
+            self.statistics.end_step(self.step)
+            self._receipt = self._account()
+            self.masks.close()
+            self.statistics.close()
+            for workspace in self._workspaces.values():
+                workspace.close()
+            self._workspaces.clear()
+        return self._receipt
+
+    def _account(self) -> Receipt:
+        statistics = self.statistics
+        backends = [f"{name} backend on {device}" for device, name in self._backends.items() if name]
+        return Receipt(
+            plan=self.plan.describe(), steps_done=self.step, total_steps=self.plan.total_steps,
+            evaluations=statistics.evaluations, taken=statistics.taken, left=dict(statistics.left),
+            tiles_computed=statistics.tiles_computed, tiles_total=statistics.tiles_total,
+            skipped_per_step=statistics.shares()[:max(self.step, 1)],
+            attention_seconds=statistics.seconds if self.config.log_details else None,
+            state_bytes=self.masks.peak_bytes, tokens=statistics.tokens, backend=", ".join(backends) or "no backend used",
+            dense_layers=self.masks.dense_layers, notes=list(self._notes))

@@ -1,0 +1,180 @@
+"""What a run did: calls taken and left, tiles computed, per step and per layer."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+MB = 2**20
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished step.
+
+    Attributes:
+        step, total_steps: counted from 1.
+        skipped: share of this step's self-attention tiles that were not computed, 0..1; None if no eligible call
+            ran (a step cache answered it).
+        skipped_so_far: the same for the run up to here.
+        state_bytes: memory of the skip masks.
+        phase: what the step was by plan.
+    """
+
+    step: int
+    total_steps: int
+    skipped: float | None
+    skipped_so_far: float
+    state_bytes: int
+    phase: str
+
+    def text(self) -> str:
+        """One line for the node."""
+        now = "no attention ran" if self.skipped is None else f"skipped {self.skipped:.0%}"
+        return (f"step {self.step}/{self.total_steps}: {now} of the attention tiles ({self.phase}), "
+                f"run {self.skipped_so_far:.0%}, state {self.state_bytes / MB:.1f} MB")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The account of one finished run.
+
+    Attributes:
+        taken: attention calls that ran through skip-mask attention.
+        left: calls that went to the previous attention, by reason. taken + the sum of left = all calls seen.
+        evaluations: model evaluations in which attention was called.
+        tiles_computed, tiles_total: of all self-attention calls over the video's tokens, dense ones included.
+        skipped_per_step: share per step, None where no such call ran.
+        attention_seconds: time inside those self-attention calls, taken and left; None unless details are logged.
+        state_bytes: peak memory of the skip masks.
+        dense_layers: layers left dense because the masks would have exceeded max_state_mb.
+        plan: what the settings meant for this run.
+        notes: things that happened once and are worth a line.
+    """
+
+    plan: str
+    steps_done: int
+    total_steps: int
+    evaluations: int
+    taken: int
+    left: dict[str, int]
+    tiles_computed: int
+    tiles_total: int
+    skipped_per_step: list[float | None]
+    attention_seconds: float | None
+    state_bytes: int
+    tokens: int
+    backend: str
+    dense_layers: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> float:
+        """Share of the run's self-attention tiles that were not computed, 0..1."""
+        return 1 - self.tiles_computed / self.tiles_total if self.tiles_total else 0.0
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        return {**asdict(self), "skipped": self.skipped}
+
+    def text(self) -> str:
+        """One readable line: what ran, what was left and why."""
+        if not self.taken and not self.left:
+            return ("no attention call reached LiteAttention: a node after it replaced the attention; "
+                    "put LiteAttention last before the sampler")
+        left = ", ".join(f"{n} {reason}" for reason, n in sorted(self.left.items(), key=lambda item: -item[1]))
+        parts = [f"skipped {self.skipped:.1%} of the attention tiles",
+                 f"{self.taken} of {self.taken + sum(self.left.values())} attention calls taken"
+                 + (f", left as they were: {left}" if left else ""),
+                 self.plan, f"state {self.state_bytes / MB:.1f} MB", self.backend]
+        if self.attention_seconds is not None:
+            parts.append(f"self-attention took {self.attention_seconds:.2f} s")
+        if self.dense_layers:
+            parts.append(f"left dense to stay within max_state_mb: {', '.join(self.dense_layers)}")
+        return "; ".join([*parts, *self.notes])
+
+
+class Statistics:
+    """Counts of a run. Computed tiles are summed on their device and read once per step.
+
+    Locked, because several devices may report at once.
+    """
+
+    def __init__(self) -> None:
+        self.left: Counter[str] = Counter()
+        self.taken = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.tiles_computed = 0
+        self.tiles_total = 0
+        self.per_step: dict[int, list[int]] = {}
+        self._evaluations: set[Hashable] = set()
+        self._counters: dict[torch.device, Tensor] = {}
+        self._lock = threading.Lock()
+        self._open = [0, 0]
+
+    @property
+    def evaluations(self) -> int:
+        """Model evaluations in which attention was called."""
+        return len(self._evaluations)
+
+    def counter(self, device: torch.device) -> Tensor:
+        """int64 [1] on `device`, to which calls add the tiles they computed."""
+        with self._lock:
+            if device not in self._counters:
+                with torch.inference_mode(False):
+                    self._counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            return self._counters[device]
+
+    def count_taken(self, evaluation: Hashable, tiles: int, tokens: int, seconds: float) -> None:
+        """A call that skip-mask attention served; its computed tiles are in `counter`."""
+        with self._lock:
+            self._evaluations.add(evaluation)
+            self.taken += 1
+            self.tokens = max(self.tokens, tokens)
+            self.seconds += seconds
+            self._open[1] += tiles
+
+    def count_left(self, evaluation: Hashable, reason: str, dense_tiles: int, seconds: float) -> None:
+        """A call that went to the previous attention; `dense_tiles` > 0 if it was over the video's tokens."""
+        with self._lock:
+            self._evaluations.add(evaluation)
+            self.left[reason] += 1
+            self._open[0] += dense_tiles
+            self._open[1] += dense_tiles
+            if dense_tiles:
+                self.seconds += seconds
+
+    def end_step(self, step: int) -> float | None:
+        """Close the books of a step (counted from 0) and give its skipped share. Synchronises once per device."""
+        with self._lock:
+            computed, total = self._open
+            for counter in self._counters.values():
+                computed += int(counter.item())
+                counter.zero_()
+            self._open = [0, 0]
+            entry = self.per_step.setdefault(step, [0, 0])
+            entry[0] += computed
+            entry[1] += total
+            self.tiles_computed += computed
+            self.tiles_total += total
+            return 1 - computed / total if total else None
+
+    def skipped_so_far(self) -> float:
+        """Skipped share of the run up to the last closed step."""
+        return 1 - self.tiles_computed / self.tiles_total if self.tiles_total else 0.0
+
+    def shares(self) -> list[float | None]:
+        """Skipped share of each step."""
+        last = max(self.per_step, default=-1)
+        books = [self.per_step.get(step, [0, 0]) for step in range(last + 1)]
+        return [1 - computed / total if total else None for computed, total in books]
+
+    def close(self) -> None:
+        """Let go of device memory."""
+        self._counters.clear()
