@@ -23,11 +23,12 @@ from load_pack import load_pack  # noqa: E402
 load_pack()
 import torch  # noqa: E402
 import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
 from liteattention.kernels.launch import LaunchConfig, launch_config  # noqa: E402
 from liteattention.kernels.triton_attention import attention_kernel  # noqa: E402
 from liteattention.kernels.triton_expand import expand_kernel  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}

@@ -138,7 +138,8 @@ class SkipMask:
         """A mask from bool [B, H, QT, KT], True = active."""
         expected = (tiles(seqlen_q), tiles(seqlen_k))
         if bits.dtype != torch.bool or bits.dim() != 4 or tuple(bits.shape[2:]) != expected:
-            raise ValueError(f"bits is {bits.dtype} {list(bits.shape)}; needed: bool [B, H, {expected[0]}, {expected[1]}]")
+            raise ValueError(
+                f"bits is {bits.dtype} {list(bits.shape)}; needed: bool [B, H, {expected[0]}, {expected[1]}]")
         with torch.inference_mode(False):
             words = pack_bits(bits.clone()).contiguous()
         return cls(words, seqlen_q, seqlen_k)

@@ -53,7 +53,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
 
 @dataclass(frozen=True)
 class _TileList:
-    """The active key tiles of one query tile. `body`: whole tiles, ascending; `tail`: the partial last one is active."""
+    """Active key tiles of one query tile. `body`: whole tiles, ascending; `tail`: the partial last one is active."""
 
     b: int
     h: int

@@ -28,7 +28,7 @@ def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, ref, n
                 words_ptr, qk_scale, threshold,
                 BLOCK_N: tl.constexpr, D_TAIL: tl.constexpr, PARTIAL: tl.constexpr, RECORD: tl.constexpr,
                 PRECISION: tl.constexpr):
-    """One compute tile of the online softmax. m_i, ref and threshold are log2; l_i is the running sum of 2^(s - m_i)."""
+    """One compute tile of the online softmax. m_i, ref, threshold: log2; l_i: running sum of 2^(s - m_i)."""
     s = tl.dot(q, k, input_precision=PRECISION)
     if D_TAIL:
         s = tl.dot(q_tail, k_tail, s, input_precision=PRECISION)

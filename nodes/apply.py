@@ -32,7 +32,8 @@ class LiteAttention(io.ComfyNode):
             category="model/patch",
             search_aliases=["sparse attention", "speed up", "wan", "video", "skip", "faster", "attention"],
             description="Makes video sampling faster: parts of self-attention that do not matter at one step are "
-                        "skipped in all later ones. Put it last before the sampler. The node tells how much it skipped.",
+                        "skipped in all later ones. Put it last before the sampler. The node tells how much it "
+                        "skipped.",
             inputs=[
                 io.Model.Input("model", tooltip="A diffusion transformer. Patches applied before stay in place and "
                                                 "serve the calls that LiteAttention leaves."),

@@ -144,5 +144,6 @@ class Session:
             tiles_computed=statistics.tiles_computed, tiles_total=statistics.tiles_total,
             skipped_per_step=statistics.shares()[:max(self.step, 1)],
             attention_seconds=statistics.seconds if self.config.log_details else None,
-            state_bytes=self.masks.peak_bytes, tokens=statistics.tokens, backend=", ".join(backends) or "no backend used",
+            state_bytes=self.masks.peak_bytes, tokens=statistics.tokens,
+            backend=", ".join(backends) or "no backend used",
             dense_layers=self.masks.dense_layers, notes=list(self._notes))

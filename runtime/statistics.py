@@ -13,6 +13,11 @@ from torch import Tensor
 MB = 2**20
 
 
+def bytes_text(nbytes: int) -> str:
+    """"7.5 MB", "14.1 KB"; units of 2^20 and 2^10 bytes."""
+    return f"{nbytes / MB:.1f} MB" if nbytes >= MB // 10 else f"{nbytes / 1024:.1f} KB"
+
+
 @dataclass(frozen=True)
 class StepReport:
     """One finished step.
@@ -37,7 +42,7 @@ class StepReport:
         """One line for the node."""
         now = "no attention ran" if self.skipped is None else f"skipped {self.skipped:.0%}"
         return (f"step {self.step}/{self.total_steps}: {now} of the attention tiles ({self.phase}), "
-                f"run {self.skipped_so_far:.0%}, state {self.state_bytes / MB:.1f} MB")
+                f"run {self.skipped_so_far:.0%}, state {bytes_text(self.state_bytes)}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Receipt:
         parts = [f"skipped {self.skipped:.1%} of the attention tiles",
                  f"{self.taken} of {self.taken + sum(self.left.values())} attention calls taken"
                  + (f", left as they were: {left}" if left else ""),
-                 self.plan, f"state {self.state_bytes / MB:.1f} MB", self.backend]
+                 self.plan, f"state {bytes_text(self.state_bytes)}", self.backend]
         if self.attention_seconds is not None:
             parts.append(f"self-attention took {self.attention_seconds:.2f} s")
         if self.dense_layers:

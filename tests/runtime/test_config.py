@@ -1,0 +1,66 @@
+"""Settings: what is refused, and with which words."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from liteattention.runtime import LiteAttentionConfig, parse_blocks
+
+
+@pytest.mark.parametrize("value", [4.0, -30.5, math.nan, math.inf, -math.inf, "x", None])
+def test_bad_thresholds_name_value_and_range(value):
+    with pytest.raises(ValueError, match="threshold is .*log2 value from -30 to 0"):
+        LiteAttentionConfig(threshold=value)
+
+
+def test_a_positive_threshold_gets_a_suggestion():
+    with pytest.raises(ValueError, match="Did you mean -4.0"):
+        LiteAttentionConfig(threshold=4.0)
+
+
+@pytest.mark.parametrize("name", ["warmup_steps", "dense_end_steps", "min_tokens", "max_state_mb"])
+@pytest.mark.parametrize("value", [-1, 2.5, True, 10**9, None])
+def test_bad_whole_numbers_name_the_input(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is {value!r}; it is a whole number from"):
+        LiteAttentionConfig(**{name: value})
+
+
+@pytest.mark.parametrize("text, total, blocks", [
+    ("", 5, []),
+    ("0-1, 38, -1", 40, [0, 1, 38, 39]),
+    ("0--1", 5, [0, 1, 2, 3, 4]),
+    ("-2--1", 5, [3, 4]),
+    ("3", 5, [3]),
+    (" 1  2,,3 ", 5, [1, 2, 3]),
+    ("7-9", 5, []),
+    ("-9", 5, []),
+])
+def test_blocks(text, total, blocks):
+    found = parse_blocks(text)
+    assert [i for i in range(total) if found.holds(i, total)] == blocks
+
+
+def test_negative_blocks_match_nothing_where_the_model_does_not_say_its_count():
+    found = parse_blocks("0, -1, 2--1")
+    assert [i for i in range(9) if found.holds(i, None)] == [0]
+
+
+@pytest.mark.parametrize("text, part", [("x", "x"), ("1,y", "y"), ("1-2-3", "1-2-3"), ("1.5", "1.5"), ("--", "--")])
+def test_bad_blocks_name_the_part(text, part):
+    with pytest.raises(ValueError, match=rf'dense_blocks is "{text}": "{part}" is not a block number'):
+        LiteAttentionConfig(dense_blocks=text)
+
+
+@pytest.mark.parametrize("text", ["5-3", "-1--3"])
+def test_backward_ranges_are_refused(text):
+    with pytest.raises(ValueError, match="runs backwards"):
+        parse_blocks(text)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)), max_size=6), st.integers(1, 60))
+def test_blocks_are_the_union_of_their_ranges(ranges, total):
+    text = ", ".join(f"{a}-{a + n}" if n else f"{a}" for a, n in ranges)
+    wanted = {i for a, n in ranges for i in range(a, a + n + 1)}
+    found = parse_blocks(text)
+    assert {i for i in range(total) if found.holds(i, total)} == {i for i in wanted if i < total}

@@ -1,0 +1,106 @@
+"""Who may import whom, and what an import may cost."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("kernels", "runtime", "host", "nodes", "demo")
+HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes")
+ALLOWED = {
+    "kernels": (),
+    "runtime": ("kernels",),
+    "host": ("runtime", "comfy", "server"),
+    "nodes": ("host", "runtime", "comfy_api", "demo"),
+    "demo": ("kernels", "runtime", "comfy_api", "folder_paths"),
+}
+
+
+def imports(path):
+    """(top-level name, importing function or None) of every import; the pack's own folders by their name."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1]
+            parts = [*base, *(node.module or "").split(".")]
+            yield parts[0] if parts[0] else next(alias.name for alias in node.names)
+
+
+FILES = [p for layer in LAYERS for p in sorted((ROOT / layer).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_layers_import_only_what_they_may(path):
+    layer = path.relative_to(ROOT).parts[0]
+    for name in imports(path):
+        if name == layer or name not in (*LAYERS, *HOST):
+            continue
+        assert name in ALLOWED[layer], f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in ("kernels", "runtime")],
+                         ids=lambda p: str(p.relative_to(ROOT)))
+def test_triton_is_imported_in_its_own_files_only(path):
+    if "triton" in imports(path):
+        assert path.name in ("triton_expand.py", "triton_attention.py")
+
+
+def test_the_root_imports_nothing():
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    assert not [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests",
+                          env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+
+
+BLOCK = """
+import sys
+sys.path.insert(0, {tools!r})
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+from load_pack import load_pack
+load_pack()
+"""
+
+
+def test_kernels_and_runtime_work_without_triton_and_comfyui():
+    code = BLOCK.format(tools=str(ROOT / "tools"), blocked=("triton", *HOST)) + """
+import torch
+from liteattention.kernels import SkipMask, lite_attention
+import liteattention.runtime
+q = torch.randn(1, 2, 300, 64)
+mask = SkipMask.full(1, 2, 300)
+out = lite_attention(q, q, q, mask, threshold=-4.0)
+assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, q, q), atol=1e-2)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_kernels_does_not_import_triton():
+    done = run(BLOCK.format(tools=str(ROOT / "tools"), blocked=()) + """
+import liteattention.kernels, liteattention.runtime
+assert "triton" not in sys.modules, "triton was imported"
+assert "torch._dynamo" not in sys.modules, "torch._dynamo was imported"
+""")
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_file_outgrows_its_room():
+    for path in FILES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 350, f"{path.relative_to(ROOT)} has {lines} lines"
