@@ -12,6 +12,10 @@ from torch import Tensor
 from .mask import TILE, MustKeep, pack_bits, tiles, unpack_words
 from .workspace import Workspace
 
+_CPU_CHUNK = 32
+"""Key tiles taken at once on a CPU: scores and gathered keys stay in its cache and below malloc's mapping threshold,
+above which every call pays for fresh pages (measured: 4x at 8192 tokens)."""
+
 _SCORE_BUDGET = 64 * 2**20
 """Elements of the score matrix held at once on an accelerator (256 MB in float32)."""
 
@@ -114,43 +118,79 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, gr
         return
     body_len = max(x.body.size for x in group)
     queries = _stack([q[x.b, x.h, span(x)] for x in group]).float() * sm_scale
-    keys, values = (_stack([_gather(t[x.b, x.h], x, body_len) for x in group]).float() for t in (k, v))
-    scores = torch.bmm(queries, keys.transpose(1, 2))
-    body_scores = scores[..., :body_len * TILE].unflatten(-1, (body_len, TILE))
-    for i, x in enumerate(group):
-        body_scores[i, :, x.body.size:] = -math.inf
-    tile_max = body_scores.amax(-1)
+    softmax = _OnlineSoftmax(queries, v.shape[-1])
+    tile_max = []
+    step = _CPU_CHUNK if q.device.type == "cpu" else body_len
+    for first in range(0, body_len, max(step, 1)):
+        width = min(step, body_len - first)
+        keys, values = (_stack([_gather(t[x.b, x.h], x.body[first:first + width], width) for x in group]).float()
+                        for t in (k, v))
+        tile_max.append(softmax.add(keys, values, [x.body.size - first for x in group]))
     if group[0].tail:
-        tile_max = torch.cat([tile_max, scores[..., body_len * TILE:].amax(-1, keepdim=True)], -1)
+        full = k.shape[2] // TILE * TILE
+        keys, values = (_stack([t[x.b, x.h, full:] for x in group]).float() for t in (k, v))
+        tile_max.append(softmax.add(keys, values, None))
     if keep is not None:
-        _vote(tile_max, body_len, threshold, group, keep)
-    row_max = tile_max.amax(-1, keepdim=True)
-    # A row of nothing but -inf has no maximum to subtract.
-    row_max = torch.where(row_max == -math.inf, 0.0, row_max)
-    # exp, not exp2: on a CPU it is several times faster in torch.
-    weights = scores.sub_(row_max).exp_()
-    total = weights.sum(-1, keepdim=True)
-    result = torch.bmm(weights, values).div_(total)
+        _vote(torch.cat(tile_max, -1), body_len, threshold, group, keep)
+    result, row_lse = softmax.finish()
     for i, x in enumerate(group):
         out[x.b, x.h, span(x)] = result[i].to(out.dtype)
         if lse is not None:
-            lse[x.b, x.h, span(x)] = (row_max[i] + total[i].log()).squeeze(-1)
+            lse[x.b, x.h, span(x)] = row_lse[i]
+
+
+class _OnlineSoftmax:
+    """Softmax attention of `queries` (float32 [G, rows, D], scaled) over keys that arrive in parts."""
+
+    def __init__(self, queries: Tensor, head_dim: int):
+        self.queries = queries
+        shape = queries.shape[:2]
+        self.row_max = queries.new_full((*shape, 1), -math.inf)
+        self.total = queries.new_zeros(*shape, 1)
+        self.acc = queries.new_zeros(*shape, head_dim)
+
+    def add(self, keys: Tensor, values: Tensor, whole_tiles: list[int] | None) -> Tensor:
+        """Take in keys and values [G, n, D] and give each tile's row maximum [G, rows, tiles].
+
+        `whole_tiles`: how many of the 128-key tiles are real in each member of the group; None: one partial tile.
+        """
+        scores = torch.bmm(self.queries, keys.transpose(1, 2))
+        if whole_tiles is None:
+            tile_max = scores.amax(-1, keepdim=True)
+        else:
+            by_tile = scores.unflatten(-1, (-1, TILE))
+            for i, real in enumerate(whole_tiles):
+                if real < by_tile.shape[2]:
+                    by_tile[i, :, max(real, 0):] = -math.inf
+            tile_max = by_tile.amax(-1)
+        row_max = torch.maximum(self.row_max, tile_max.amax(-1, keepdim=True))
+        # A row of nothing but -inf so far has no maximum to subtract.
+        finite_max = torch.where(row_max == -math.inf, 0.0, row_max)
+        rescale = (self.row_max - finite_max).exp_()
+        # exp, not exp2: on a CPU it is several times faster in torch.
+        weights = scores.sub_(finite_max).exp_()
+        self.total.mul_(rescale).add_(weights.sum(-1, keepdim=True))
+        self.acc.mul_(rescale).baddbmm_(weights, values)
+        self.row_max = row_max
+        return tile_max
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Output [G, rows, D] and log-sum-exp [G, rows], natural log."""
+        return self.acc.div_(self.total), (self.row_max + self.total.log()).squeeze(-1)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
 
-def _gather(x: Tensor, tile_list: _TileList, body_len: int) -> Tensor:
-    """Keys or values [tokens, D] of the active tiles of one list, its body padded with tile 0 to `body_len`."""
+def _gather(x: Tensor, body: np.ndarray, width: int) -> Tensor:
+    """Keys or values [width * 128, D] of the tiles in `body` (ascending), padded with tile 0; a view where possible."""
+    if body.size == width == body[-1] - body[0] + 1:
+        return x[body[0] * TILE:(body[-1] + 1) * TILE]
     full = x.shape[0] // TILE
-    body = tile_list.body
-    if body.size == body_len == full:
-        return x if tile_list.tail or full * TILE == x.shape[0] else x[:full * TILE]
-    part = x[:full * TILE].unflatten(0, (full, TILE))
-    index = torch.from_numpy(np.pad(body, (0, body_len - body.size))).to(x.device)
-    part = part.index_select(0, index).flatten(0, 1)
-    return torch.cat([part, x[full * TILE:]]) if tile_list.tail else part
+    padded = body if body.size == width else np.pad(body, (0, width - body.size))
+    index = torch.from_numpy(padded).to(x.device)
+    return x[:full * TILE].unflatten(0, (full, TILE)).index_select(0, index).flatten(0, 1)
 
 
 def _vote(tile_max: Tensor, body_len: int, threshold: float, group: list[_TileList], keep: Tensor) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from liteattention.kernels import TILE
 from liteattention.runtime import AttentionCall, policy
 

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from liteattention.runtime import Phase, StepPlan
 
 W, R, S, E = Phase.WARMUP, Phase.RECORD, Phase.SPARSE, Phase.END

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+
 from liteattention.kernels import SkipMask
 from liteattention.runtime import AttentionCall, LayerId, LiteAttentionConfig, Session, evaluation, policy
 

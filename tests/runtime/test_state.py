@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+
 from liteattention.kernels import SkipMask
 from liteattention.runtime.state import LayerKey, MaskTable
 
