@@ -38,6 +38,7 @@ def seconds(functions: dict, rounds: int) -> dict[str, float]:
 def measure(tokens: int, heads: int, head_dim: int, rounds: int) -> list[dict]:
     """Rows of one sequence length: dense SDPA and the backend at each sparsity, reading and recording."""
     import torch
+
     from liteattention.kernels import SkipMask, lite_attention, tiles
 
     generator = torch.Generator().manual_seed(0)

@@ -24,8 +24,8 @@ NO_BACKEND = "no fast backend on this device"
 
 AUTO_MIN_TOKENS = {"cpu": 1024}
 AUTO_MIN_TOKENS_DEFAULT = 4096
-"""Below this a call has too few tiles to win by skipping. The CPU value is measured (benchmarks/cpu.py); the value
-for GPUs is an estimate: not yet measured."""
+"""Below this a call has too few tiles to win by skipping. Estimates: the value for GPUs is not yet measured; on a CPU
+the break-even depends on ComfyUI's own attention there (benchmarks/cpu.py, demo/run.py)."""
 
 
 def call_reason(call: AttentionCall, min_tokens: int) -> str | None:
