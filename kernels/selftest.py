@@ -32,7 +32,7 @@ def check(kernels, device: str) -> str | None:
         q, k, v = (torch.randn(1, 1, seqlen, head_dim, generator=generator).half() for _ in range(3))
         # Key tiles of unequal strength: with plain noise no tile is ever dropped and the masks prove nothing.
         q[..., 0] += 8
-        k[..., 0] += torch.tensor([6.0, 0.0, 3.0])[torch.arange(seqlen) // 128].half()
+        k[..., 0] += torch.tensor([16.0, 0.0, 8.0])[torch.arange(seqlen) // 128].half()
         results = {}
         for backend in ("triton", "torch"):
             place = device if backend == "triton" else "cpu"

@@ -78,7 +78,7 @@ def strengths(n):
 
 
 def make(batch, heads, n_q, n_k, d, dtype, layout="strided", seed=0):
-    """q, k, v as [B, H, N, D] views. layout: "strided" ([B, N, H, D] memory), "contiguous", "fused" (one qkv buffer)."""
+    """q, k, v as [B, H, N, D] views: "strided" ([B, N, H, D] memory), "contiguous", or "fused" (one qkv buffer)."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(batch, n, heads, d, generator=generator) for n in (n_q, n_k, n_k))
     q[..., 0] += 8
