@@ -24,11 +24,11 @@ def _or(a, b):
 
 
 @triton.jit
-def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, ref, n_left, tile, row_bits, word,
-                words_ptr, qk_scale, threshold,
+def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, n_left, tile, row_bits, word, words_ptr,
+                qk_scale, threshold,
                 BLOCK_N: tl.constexpr, D_TAIL: tl.constexpr, PARTIAL: tl.constexpr, RECORD: tl.constexpr,
                 PRECISION: tl.constexpr):
-    """One compute tile of the online softmax. m_i, ref, threshold: log2; l_i: running sum of 2^(s - m_i)."""
+    """One compute tile of the online softmax. m_i, threshold: log2; l_i: running sum of 2^(s - m_i)."""
     s = tl.dot(q, k, input_precision=PRECISION)
     if D_TAIL:
         s = tl.dot(q_tail, k_tail, s, input_precision=PRECISION)
@@ -41,8 +41,10 @@ def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, ref, n
     alpha = tl.math.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
     if RECORD > 0:
-        # Dropped only if at or below the threshold in numbers that compare: NaN and Inf (l_i is NaN then) keep.
-        stays = tl.where((tile_max - ref <= threshold) & (l_i == l_i), 0, 1)
+        # The reference may move between the compute tiles of one mask tile without changing its decision: a row that
+        # moved it has voted to keep. Dropped only if at or below the threshold in numbers that compare: NaN and Inf
+        # (l_i is NaN then) keep.
+        stays = tl.where((tile_max - m_i <= threshold) & (l_i == l_i), 0, 1)
         if RECORD == 1:
             any_stays = tl.max(stays, 0)
             tl.atomic_or(words_ptr + (tile >> 5), 1 << (tile & 31), mask=any_stays != 0, sem="relaxed")
@@ -104,7 +106,6 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, list_ptr, 
         acc_tail = 0.0
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    ref = m_i
     row_bits = tl.zeros([BLOCK_M], tl.int32)
     word = 0
     words_ptr = count_ptr
@@ -122,9 +123,6 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, list_ptr, 
     for i in tl.range(0, n_whole * N_PARTS, num_stages=NUM_STAGES):
         tile = tl.load(row_list_ptr + i // N_PARTS).to(tl.int32)
         start_n = (tile * TILE + (i % N_PARTS) * BLOCK_N).to(tl.int64)
-        if RECORD > 0:
-            # The reference is the maximum before the 128-key tile, so decisions do not depend on BLOCK_N.
-            ref = tl.where(i % N_PARTS == 0, m_i, ref)
         k = tl.load(k_base + start_n * stride_kn + k_offs)
         v = tl.load(v_base + start_n * stride_vn + v_offs)
         k_tail = k
@@ -133,12 +131,11 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, list_ptr, 
             k_tail = tl.load(k_base + start_n * stride_kn + k_tail_offs)
             v_tail = tl.load(v_base + start_n * stride_vn + v_tail_offs)
         acc, acc_tail, m_i, l_i, row_bits, word = _accumulate(
-            q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, ref, BLOCK_N, tile, row_bits, word, words_ptr,
+            q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, BLOCK_N, tile, row_bits, word, words_ptr,
             qk_scale, threshold, BLOCK_N, D_TAIL, False, RECORD, PRECISION)
     if RAGGED:
         # After the main loop and not inside it: a mask in there costs a quarter more instructions.
         tile = k_tiles - 1
-        ref = m_i
         for i in tl.range(0, n_tail * tl.cdiv(seqlen_k - tile * TILE, BLOCK_N), num_stages=1):
             start_n = (tile * TILE + i * BLOCK_N).to(tl.int64)
             n_left = seqlen_k - tile * TILE - i * BLOCK_N
@@ -150,8 +147,8 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, list_ptr, 
                 k_tail = tl.load(k_base + start_n * stride_kn + k_tail_offs, mask=(offs_n < n_left)[None, :], other=0.0)
                 v_tail = tl.load(v_base + start_n * stride_vn + v_tail_offs, mask=(offs_n < n_left)[:, None], other=0.0)
             acc, acc_tail, m_i, l_i, row_bits, word = _accumulate(
-                q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, ref, n_left, tile, row_bits, word,
-                words_ptr, qk_scale, threshold, BLOCK_N, D_TAIL, True, RECORD, PRECISION)
+                q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, n_left, tile, row_bits, word, words_ptr,
+                qk_scale, threshold, BLOCK_N, D_TAIL, True, RECORD, PRECISION)
     if RECORD == 3:
         tl.atomic_or(words_ptr + word, tl.reduce(row_bits, 0, _or), sem="relaxed")
 

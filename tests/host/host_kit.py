@@ -1,0 +1,87 @@
+"""The tiny model in a real ComfyUI in this process, on the CPU: load, patch, sample, watch.
+
+Importing this skips the importing test module where there is no ComfyUI.
+"""
+
+import sys
+
+import pytest
+from comfyui import find_comfyui
+
+COMFY = find_comfyui()
+if COMFY is None:
+    pytest.skip("no ComfyUI found (COMFYUI_PATH, the one this pack is installed in, ~/ComfyUI)",
+                allow_module_level=True)
+# First on the path, and told to use the CPU before anything of it is imported.
+sys.path.insert(0, str(COMFY))
+_argv, sys.argv = sys.argv, [str(COMFY / "main.py"), "--cpu"]
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.cli_args  # noqa: E402, F401
+
+sys.argv = _argv
+
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # noqa: E402
+from liteattention.demo.pixels import empty_prompt, prompt_tokens  # noqa: E402
+from liteattention.host import attach  # noqa: E402
+from liteattention.runtime import LiteAttentionConfig, RunHandle  # noqa: E402
+
+LAYERS = 5
+SIZE = (7, 20, 20)
+"""Latent frames, height, width: 700 tokens, 6 x 6 tiles."""
+
+
+class Kit:
+    def __init__(self, model_folder):
+        loaded = comfy.sd.load_diffusion_model(str(model_folder / "tiny_wan_t2v.safetensors"),
+                                               model_options={"dtype": torch.float32})
+        self.model = ModelSamplingSD3().patch(loaded, 3.0)[0]
+        self.positive = [[prompt_tokens(0, 2, 1), {}]]
+        self.negative = [[empty_prompt(), {}]]
+
+    def lite(self, model=None, handle=None, node_id=None, **settings):
+        """The model with LiteAttention at a threshold where this model drops tiles."""
+        config = LiteAttentionConfig(**{"threshold": -1.0, "min_tokens": 128, "warmup_steps": 1, **settings})
+        return attach(model or self.model, config, node_id=node_id, handle=handle or RunHandle())
+
+    def latent(self, batch=1, size=SIZE):
+        return torch.zeros(batch, 16, *size)
+
+    def sample(self, model, steps=4, cfg=2.0, sampler="euler", positive=None, negative=None, batch=1, size=SIZE,
+               seed=1, **kwargs):
+        latent = self.latent(batch, size)
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                model, comfy.sample.prepare_noise(latent, seed), steps, cfg, sampler, "simple",
+                positive or self.positive, negative or self.negative, latent, seed=seed, disable_pbar=True, **kwargs)
+
+    def watched(self, model):
+        """(clone with a counting override below ours, list that gets one entry per attention call)."""
+        calls = []
+
+        def counting(func, *args, **kwargs):
+            calls.append(args[0].shape)
+            return func(*args, **kwargs)
+
+        clone = model.clone()
+        clone.model_options["transformer_options"]["optimized_attention_override"] = counting
+        return clone, calls
+
+
+def count_backend_calls(monkeypatch):
+    """Every call of ComfyUI's attention from Wan's layers, taken or left, counted at its door."""
+    import comfy.ldm.wan.model as wan
+
+    calls = []
+    original = wan.optimized_attention
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(wan, "optimized_attention", counted)
+    return calls

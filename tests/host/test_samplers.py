@@ -1,0 +1,143 @@
+"""Samplers and sampler nodes: every attention call accounted for, masks aged by evaluation, callbacks untouched."""
+
+import pytest
+import torch
+from host_kit import LAYERS, count_backend_calls
+from liteattention.runtime import RunHandle
+
+SAMPLERS = ["euler", "heun", "dpmpp_2m", "res_multistep", "uni_pc"]
+EVALUATIONS = {"heun": 2 * 6 - 1}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_threshold_minus_30_is_dense_within_rounding(kit, sampler):
+    dense = kit.sample(kit.model, 6, sampler=sampler)
+    lite = kit.sample(kit.lite(threshold=-30.0), 6, sampler=sampler)
+    assert (lite - dense).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_masks_age_per_evaluation_and_books_balance(kit, sessions, monkeypatch, sampler):
+    calls = count_backend_calls(monkeypatch)
+    handle = RunHandle()
+    out = kit.sample(kit.lite(handle=handle), 6, sampler=sampler)
+    assert torch.isfinite(out).all()
+    receipt = handle.receipt
+    assert receipt.taken + sum(receipt.left.values()) == len(calls)
+    assert receipt.evaluations == EVALUATIONS.get(sampler, 6) and receipt.steps_done == 6
+    assert receipt.left == {"cross-attention": len(calls) // 2}
+    session, = sessions
+    assert len(session.passes) == 2 * LAYERS
+    assert set(session.passes.values()) == {receipt.evaluations}, "one recording pass per evaluation, not per step"
+    assert receipt.skipped > 0 and receipt.skipped_per_step[0] == 0
+
+
+def test_steps_are_those_of_this_run(kit, sessions):
+    """KSamplerAdvanced from 4 to 8: a run of four steps, its first one dense."""
+    from nodes import KSamplerAdvanced
+
+    model = kit.lite(warmup_steps=2)
+    latent = {"samples": kit.latent()}
+    with torch.inference_mode():
+        first, = KSamplerAdvanced().sample(model, "enable", 1, 8, 2.0, "euler", "simple", kit.positive, kit.negative,
+                                           latent, 0, 4, "enable")
+        KSamplerAdvanced().sample(model, "disable", 1, 8, 2.0, "euler", "simple", kit.positive, kit.negative, first,
+                                  4, 8, "disable")
+    assert [s.close().total_steps for s in sessions] == [4, 4]
+    assert [s.close().plan for s in sessions] == ["step 1 of 4 dense"] * 2
+    assert {p for s in sessions for p in s.passes.values()} == {4}, "the second run starts afresh"
+
+
+def ksampler(kit, model):
+    from nodes import KSampler
+
+    return KSampler().sample(model, 1, 4, 2.0, "euler", "simple", kit.positive, kit.negative,
+                             {"samples": kit.latent()})[0]["samples"]
+
+
+def custom(kit, model):
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import BasicScheduler, SamplerCustom
+
+    sigmas = BasicScheduler.execute(model, "simple", 4, 1.0).args[0]
+    outputs = SamplerCustom.execute(model, True, 1, 2.0, kit.positive, kit.negative,
+                                    comfy.samplers.sampler_object("euler"), sigmas, {"samples": kit.latent()}).args
+    assert torch.isfinite(outputs[1]["samples"]).all(), "the denoised output comes through the callback"
+    assert not torch.equal(outputs[1]["samples"], torch.zeros(()))
+    return outputs[0]["samples"]
+
+
+def custom_advanced(kit, model):
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider, RandomNoise, SamplerCustomAdvanced
+
+    sigmas = BasicScheduler.execute(model, "simple", 4, 1.0).args[0]
+    noise = RandomNoise.execute(1).args[0]
+    guider = CFGGuider.execute(model, kit.positive, kit.negative, 2.0).args[0]
+    outputs = SamplerCustomAdvanced.execute(noise, guider, comfy.samplers.sampler_object("euler"), sigmas,
+                                            {"samples": kit.latent()}).args
+    assert "samples" in outputs[1]
+    return outputs[0]["samples"]
+
+
+@pytest.mark.parametrize("node", [ksampler, custom, custom_advanced], ids=lambda f: f.__name__)
+def test_sampler_nodes_give_the_same_run(kit, sessions, node):
+    with torch.inference_mode():
+        lite, dense = node(kit, kit.lite()), node(kit, kit.model)
+    assert len(sessions) == 1
+    receipt = sessions[0].close()
+    assert receipt.steps_done == 4 and receipt.taken == 4 * LAYERS and receipt.skipped > 0
+    difference = (lite - dense).abs().max()
+    assert 0 < difference < 10
+
+
+def test_the_callback_sees_what_it_always_sees(kit):
+    def record(log):
+        def callback(*args):
+            log.append((args[0], args[1].clone(), args[2].clone(), args[3]))
+        return callback
+
+    plain, ours = [], []
+    kit.sample(kit.model, callback=record(plain))
+    kit.sample(kit.lite(dense_blocks="0--1"), callback=record(ours))
+    assert [(a[0], a[3]) for a in ours] == [(a[0], a[3]) for a in plain] == [(i, 4) for i in range(4)]
+    for a, b in zip(plain, ours, strict=True):
+        assert torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+
+
+def test_an_error_in_our_books_does_not_end_the_render(kit, monkeypatch, caplog):
+    from liteattention.runtime import Session
+
+    def broken(self, step):
+        raise RuntimeError("books")
+
+    seen = []
+    monkeypatch.setattr(Session, "end_step", broken)
+    out = kit.sample(kit.lite(), callback=lambda *args: seen.append(args[0]))
+    assert torch.isfinite(out).all() and seen == [0, 1, 2, 3]
+    assert "the render goes on" in caplog.text
+
+
+def test_progress_text_and_receipt_reach_the_node(kit, monkeypatch):
+    import sys
+    import types
+
+    sent = []
+
+    class Server:
+        def send_progress_text(self, text, node_id):
+            sent.append((node_id, text))
+
+    module = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=Server()))
+    monkeypatch.setitem(sys.modules, "server", module)
+    kit.sample(kit.lite(node_id="7"))
+    assert {node for node, _ in sent} == {"7"} and len(sent) == 5
+    for step, (_, text) in enumerate(sent[:4]):
+        assert text.startswith(f"step {step + 1}/4: skipped ") and "state " in text
+    assert "attention calls taken" in sent[4][1] and "step 1 of 4 dense" in sent[4][1]
+
+    def closed(text, node_id):
+        raise ConnectionError
+
+    module.PromptServer.instance.send_progress_text = closed
+    assert torch.isfinite(kit.sample(kit.lite(node_id="7"))).all()
