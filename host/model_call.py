@@ -24,16 +24,17 @@ def layer_id(options: Mapping) -> LayerId | None:
 
 
 def row_names(options: Mapping, batch: int) -> list[Hashable] | None:
-    """A stable name for each batch row: (uuid of its conditioning, row inside the chunk).
+    """A stable name for each batch row: (uuid of its conditioning, its number in the guider's list, row in its chunk).
 
-    The position in the batch and `cond_or_uncond` mean something else from call to call: the order is reversed,
-    rows are joined or split by free memory, and guiders number conditionings as they like.
+    The position in the batch means something else from call to call: the order is reversed, and rows are joined or
+    split by free memory. The uuid alone is not enough: for a regional prompt ComfyUI adds a copy of it, uuid and all,
+    to the other conditionings. The number alone is not either: several entries share it, and entries come and go.
     """
-    uuids = options.get("uuids")
-    if not uuids or batch % len(uuids):
+    uuids, numbers = options.get("uuids"), options.get("cond_or_uncond")
+    if not uuids or not numbers or len(uuids) != len(numbers) or batch % len(uuids):
         return None
     per_chunk = batch // len(uuids)
-    return [(uuid, row) for uuid in uuids for row in range(per_chunk)]
+    return [(uuid, number, row) for uuid, number in zip(uuids, numbers, strict=True) for row in range(per_chunk)]
 
 
 def latent_tokens(shape: tuple[int, ...], patch_size: object, modalities: int = 1) -> int | None:

@@ -1,34 +1,13 @@
-"""The tiny model in a real ComfyUI in this process, on the CPU: load, patch, sample, watch.
+"""The tiny model in a real ComfyUI in this process: load, patch, sample, watch."""
 
-Importing this skips the importing test module where there is no ComfyUI.
-"""
+import comfy.sample
+import comfy.sd
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-import sys
-
-import pytest
-from comfyui import find_comfyui
-
-COMFY = find_comfyui()
-if COMFY is None:
-    pytest.skip("no ComfyUI found (COMFYUI_PATH, the one this pack is installed in, ~/ComfyUI)",
-                allow_module_level=True)
-# First on the path, and told to use the CPU before anything of it is imported.
-sys.path.insert(0, str(COMFY))
-_argv, sys.argv = sys.argv, [str(COMFY / "main.py"), "--cpu"]
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-import comfy.cli_args  # noqa: E402, F401
-
-sys.argv = _argv
-
-import comfy.sample  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-from comfy_extras.nodes_model_advanced import ModelSamplingSD3  # noqa: E402
-from liteattention.demo.pixels import empty_prompt, prompt_tokens  # noqa: E402
-from liteattention.host import attach  # noqa: E402
-from liteattention.runtime import LiteAttentionConfig, RunHandle  # noqa: E402
+from liteattention.demo.pixels import empty_prompt, prompt_tokens
+from liteattention.host import attach
+from liteattention.runtime import LiteAttentionConfig, RunHandle
 
 LAYERS = 5
 SIZE = (7, 20, 20)

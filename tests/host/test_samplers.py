@@ -3,6 +3,7 @@
 import pytest
 import torch
 from host_kit import LAYERS, count_backend_calls
+
 from liteattention.runtime import RunHandle
 
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "res_multistep", "uni_pc"]

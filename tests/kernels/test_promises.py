@@ -185,7 +185,7 @@ def test_masks_do_not_depend_on_the_compute_tile(device, dtype):
 
 
 def test_offsets_beyond_two_to_the_31_elements(backend, device):
-    """A token stride of 2^23 elements: whole key tiles lie beyond 2^31 elements. Only the touched pages are ever committed."""
+    """A token stride of 2^23 elements puts whole key tiles beyond 2^31. Only the touched pages are ever committed."""
     n, stride = 400, 2**23
     if device.type == "cuda" and backend == "triton" and torch.cuda.mem_get_info()[0] < 2 * n * stride * 1.2:
         pytest.skip("needs 8 GB of GPU memory")

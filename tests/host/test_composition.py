@@ -1,0 +1,178 @@
+"""With other nodes: guidance passes, caches, windows, compile, overrides before and after."""
+
+import pytest
+import torch
+from host_kit import LAYERS, count_backend_calls
+
+from liteattention.host import attach
+from liteattention.runtime import LiteAttentionConfig, RunHandle
+
+
+def test_skip_layer_guidance_passes_are_left_and_touch_no_mask(kit, sessions):
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    handle = RunHandle()
+    slg = SkipLayerGuidanceDiT.execute(kit.model, 3.0, 0.0, 1.0, "1,2", "").args[0]
+    kit.sample(kit.lite(slg, handle), steps=4)
+    extra = handle.receipt.left["extra guidance pass"]
+    assert extra == 4 * (LAYERS - 2), "its pass lacks two blocks"
+    assert set(sessions[0].passes.values()) == {4}, "the positive row is not aged twice"
+    kit.sample(kit.lite())
+    plain = {key.name: bits for (key, _), bits in sessions[1].bits.items()}
+    assert set(plain) == {key.name for key, _ in sessions[0].bits}
+
+
+@pytest.mark.parametrize("order", ["cache first", "cache last"])
+def test_easycache_leaves_gaps_without_aging_masks(kit, sessions, monkeypatch, order):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    def cached(model):
+        return EasyCacheNode.execute(model, 10.0, 0.0, 1.0, False).args[0]
+
+    calls = count_backend_calls(monkeypatch)
+    handle = RunHandle()
+    model = kit.lite(cached(kit.model), handle) if order == "cache first" else cached(kit.lite(handle=handle))
+    out = kit.sample(model, steps=8)
+    receipt = handle.receipt
+    assert torch.isfinite(out).all()
+    assert receipt.steps_done == 8 and None in receipt.skipped_per_step, "a cached step has no share"
+    assert receipt.taken + sum(receipt.left.values()) == len(calls)
+    evaluations = len(calls) // (2 * LAYERS)
+    assert 1 < evaluations < 8 and receipt.evaluations == evaluations
+    assert set(sessions[0].passes.values()) == {evaluations}
+
+
+def window_node(model, schedule):
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    options = {"context_length": 17, "context_overlap": 4, "context_schedule": schedule, "context_stride": 1,
+               "closed_loop": False, "fuse_method": "pyramid", "freenoise": False}
+    return WanContextWindowsManualNode.execute(model, **options).args[0]
+
+
+def test_static_windows_have_masks_of_their_own(kit, sessions):
+    handle = RunHandle()
+    model = kit.lite(window_node(kit.model, "standard_static"), handle)
+    out = kit.sample(model, size=(9, 16, 16))
+    assert torch.isfinite(out).all()
+    windows = {key.window for key, _ in sessions[0].passes}
+    assert len(windows) >= 2 and None not in windows
+    assert set(sessions[0].passes.values()) == {4}
+    assert handle.receipt.left == {"cross-attention": handle.receipt.taken}
+    assert not handle.receipt.notes, "no window starts another one's mask afresh"
+
+
+def test_moving_windows_are_left(kit, sessions):
+    handle = RunHandle()
+    model = kit.lite(window_node(kit.model, "standard_uniform"), handle)
+    kit.sample(model, size=(9, 16, 16))
+    assert handle.receipt.taken == 0 and handle.receipt.left["context windows move between steps"] > 0
+
+
+def test_compiled_models_keep_one_mask_per_layer(kit, sessions):
+    """ComfyUI's compile node drops the guards on transformer_options: traced, every layer would be block 0."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    model = kit.lite()
+    plain = kit.sample(model)
+    compiled = model.clone()
+    set_torch_compile_wrapper(model=compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    try:
+        out = kit.sample(compiled)
+    finally:
+        torch._dynamo.reset()
+    assert (out - plain).abs().max() < 1e-3
+    names = [key.name for key, _ in sessions[-1].passes]
+    assert sorted(set(names)) == [f"double {i}" for i in range(LAYERS)]
+    assert set(sessions[-1].passes.values()) == {4}
+
+
+def test_an_earlier_override_serves_what_is_left(kit, monkeypatch):
+    model, calls = kit.watched(kit.model)
+    all_calls = count_backend_calls(monkeypatch)
+    handle = RunHandle()
+    kit.sample(kit.lite(model, handle))
+    assert len(calls) == sum(handle.receipt.left.values()) > 0
+    assert len(calls) + handle.receipt.taken == len(all_calls)
+
+
+def test_a_second_application_replaces_the_first(kit, sessions):
+    model, calls = kit.watched(kit.model)
+    for threshold in (-30.0, -9.0, -5.0, -2.0, -1.0):
+        model = kit.lite(model, threshold=threshold)
+    wrappers = model.wrappers
+    assert all(len(entries["lite_attention"]) == 1 for entries in wrappers.values())
+    once = kit.lite(threshold=-1.0)
+    for _ in range(3):
+        assert torch.equal(kit.sample(model), kit.sample(once))
+    assert [s.config.threshold for s in sessions] == [-1.0] * 6
+    assert len(calls) == 3 * 4 * LAYERS, "cross-attention only: the chain did not grow"
+
+
+def test_ours_below_another_override_acts_once(kit, sessions):
+    """LiteAttention, then a node that chains, then LiteAttention again: the first one stays silent."""
+    first = kit.lite(threshold=-1.0)
+    below = first.model_options["transformer_options"]["optimized_attention_override"]
+    between = first.clone()
+    between.model_options["transformer_options"]["optimized_attention_override"] = (
+        lambda func, *args, **kwargs: below(func, *args, **kwargs))
+    handle = RunHandle()
+    kit.sample(kit.lite(between, handle, threshold=-2.0))
+    assert len(sessions) == 1 and sessions[0].config.threshold == -2.0
+    assert handle.receipt.taken + sum(handle.receipt.left.values()) == 4 * 2 * LAYERS
+
+
+def test_an_override_after_ours_is_explained(kit):
+    handle = RunHandle()
+    model = kit.lite(handle=handle)
+    model.model_options["transformer_options"]["optimized_attention_override"] = (
+        lambda func, *args, **kwargs: func(*args, **kwargs))
+    kit.sample(model)
+    assert "put LiteAttention last" in handle.receipt.text()
+
+
+def test_the_input_model_is_left_as_it_was(kit):
+    options = kit.model.model_options
+    before = repr(sorted(options)), repr(options.get("transformer_options")), repr(kit.model.wrappers)
+    dense = kit.sample(kit.model)
+    kit.sample(kit.lite())
+    assert before == (repr(sorted(options)), repr(options.get("transformer_options")), repr(kit.model.wrappers))
+    assert torch.equal(kit.sample(kit.model), dense)
+
+
+def test_everything_left_is_the_same_bytes_as_without_the_node(kit):
+    assert torch.equal(kit.sample(kit.lite(dense_blocks="0--1")), kit.sample(kit.model))
+
+
+def test_core_sparse_attention_is_refused(kit):
+    def override(func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+    override.__module__ = "comfy_extras.nodes_sparse_attention"
+    model = kit.model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    with pytest.raises(ValueError, match="already has Model Sparse Attention"):
+        attach(model, LiteAttentionConfig())
+
+
+def test_two_networks_in_one_run_have_masks_of_their_own(kit, sessions):
+    """DualModelGuider evaluates a second network with the first one's options."""
+    nodes = pytest.importorskip("comfy_extras.nodes_custom_sampler")
+    if not hasattr(nodes, "DualModelGuider"):
+        pytest.skip("this ComfyUI has no DualModelGuider")
+    import comfy.samplers
+    from host_kit import Kit
+
+    from liteattention.demo.pixels import PROMPTS
+
+    other = Kit(PROMPTS.parent / "model").model
+    model = kit.lite()
+    guider = nodes.DualModelGuider.execute(model, kit.positive, 2.0, other, kit.negative).args[0]
+    sigmas = nodes.BasicScheduler.execute(model, "simple", 4, 1.0).args[0]
+    with torch.inference_mode():
+        nodes.SamplerCustomAdvanced.execute(nodes.RandomNoise.execute(1).args[0], guider,
+                                            comfy.samplers.sampler_object("euler"), sigmas,
+                                            {"samples": kit.latent()})
+    assert len({key.model for key, _ in sessions[0].passes}) == 2
+    assert set(sessions[0].passes.values()) == {4}

@@ -1,0 +1,246 @@
+"""What ComfyUI hands to an override and what trips naive ones; the override driven directly."""
+
+import sys
+import threading
+import types
+from contextlib import contextmanager
+
+import pytest
+import torch
+from host_kit import LAYERS
+
+from liteattention.host import model_call
+from liteattention.kernels import SkipMask
+from liteattention.runtime import LayerId, LiteAttentionConfig, Session
+
+module = sys.modules["liteattention.host.attach"]
+N, HEADS, D = 384, 2, 64
+
+
+def tensors(batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, N, HEADS, D, generator=generator) for _ in range(3))
+    q[..., 0] += 8
+    k[..., 0] += torch.tensor([8.0, 0.0, 5.0])[torch.arange(N) // 128].view(1, N, 1)
+    return q, k, v
+
+
+class Backend:
+    """Stands for ComfyUI's attention function: remembers its arguments."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        return "previous"
+
+
+def options(session, owner, rows=2, **extra):
+    evaluation = session.evaluation(model="m", rows=[("uuid", i, 0) for i in range(rows)], latent_tokens=N)
+    return {module.EVALUATION_KEY: (owner, evaluation), "block_index": 0, "block_type": "double", "total_blocks": 5,
+            **extra}
+
+
+@pytest.fixture
+def driven():
+    owner = object()
+    session = Session(LiteAttentionConfig(threshold=-2.0, min_tokens=128, warmup_steps=0), 4)
+    yield module.make_override(None, owner), session, owner
+    session.close()
+
+
+def test_everything_is_passed_on_when_a_call_is_left(driven):
+    """Dropping `_inside_attn_wrapper` would let a wrapped function come back to us without end."""
+    override, session, owner = driven
+    q, k, v = (x.flatten(2) for x in tensors())
+    mask = torch.zeros(N, N)
+    backend = Backend()
+    given = {"_inside_attn_wrapper": True, "low_precision_attention": False, "scale": 0.5, "enable_gqa": True,
+             "unknown_to_us": 1, "transformer_options": options(session, owner)}
+    assert override(backend, q, k, v, HEADS, mask, attn_precision="p", skip_reshape=False, skip_output_reshape=True,
+                    **given) == "previous"
+    (args, kwargs), = backend.calls
+    assert args == (q, k, v, HEADS)
+    assert kwargs == {**given, "mask": mask, "attn_precision": "p", "skip_reshape": False, "skip_output_reshape": True}
+
+
+def test_a_wrapped_backend_does_not_come_back_to_us(driven):
+    from comfy.ldm.modules.attention import optimized_attention
+
+    override, session, owner = driven
+    q, k, v = (x.flatten(2) for x in tensors())
+    entered = []
+
+    def previous(func, *args, **kwargs):
+        entered.append(1)
+        return optimized_attention(*args, **kwargs)
+
+    ours = module.make_override(previous, owner)
+    chosen = options(session, owner, rows=3)
+    chosen["optimized_attention_override"] = ours
+    out = optimized_attention(q, k, v, heads=HEADS, transformer_options=chosen)
+    assert out.shape == q.shape and entered == [1]
+
+
+@pytest.mark.parametrize("skip_reshape", [False, True])
+@pytest.mark.parametrize("skip_output_reshape", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_layouts_and_scale_give_what_comfyuis_own_attention_gives(driven, skip_reshape, skip_output_reshape, scale):
+    from comfy.ldm.modules.attention import attention_basic
+
+    override, session, owner = driven
+    split = [x.transpose(1, 2) for x in tensors()]
+    inputs = split if skip_reshape else [x.transpose(1, 2).flatten(2) for x in split]
+    keywords = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
+    out = override(Backend(), *inputs, HEADS, scale=scale, transformer_options=options(session, owner), **keywords)
+    expected = torch.nn.functional.scaled_dot_product_attention(*split, scale=scale)
+    if not skip_output_reshape:
+        expected = expected.transpose(1, 2).flatten(2)
+    assert out.shape == expected.shape and (out - expected).abs().max() < 1e-4
+    theirs = attention_basic(*inputs, HEADS, **keywords)
+    assert theirs.shape == out.shape
+    assert session.statistics.taken == 1
+
+
+def test_calls_without_a_block_number_are_left(driven):
+    override, session, owner = driven
+    q, k, v = (x.flatten(2) for x in tensors())
+    for extra in ({"block_index": None}, {"block_index": "0"}):
+        assert override(Backend(), q, k, v, HEADS, transformer_options=options(session, owner, **extra)) == "previous"
+    assert session.statistics.left == {"the model does not say which layer calls": 2}
+
+
+def test_calls_outside_a_run_or_of_another_patch_are_left(driven):
+    override, session, _ = driven
+    q, k, v = (x.flatten(2) for x in tensors())
+    for given in ({}, {"transformer_options": None}, {"transformer_options": options(session, object())}):
+        assert override(Backend(), q, k, v, HEADS, **given) == "previous"
+
+
+def test_the_override_is_a_function_and_its_state_an_object(kit):
+    """Dicts inside transformer_options are copied at every call, callable objects (up to 0.18) at every clone."""
+    model = kit.lite()
+    override = model.model_options["transformer_options"]["optimized_attention_override"]
+    assert isinstance(override, types.FunctionType)
+    again = model.clone().clone()
+    assert again.model_options["transformer_options"]["optimized_attention_override"] is override
+
+
+def test_masks_made_under_inference_mode_are_updated_by_a_worker_thread(driven):
+    """ComfyUI's nodes run under inference mode, its multi-GPU workers only under no_grad."""
+    override, session, owner = driven
+    inputs = [x.flatten(2) for x in tensors()]
+    with torch.inference_mode():
+        override(Backend(), *inputs, HEADS, transformer_options=options(session, owner))
+    results = []
+
+    def work():
+        with torch.no_grad():
+            results.append(override(Backend(), *inputs, HEADS, transformer_options=options(session, owner)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert torch.is_tensor(results[0]) and not session.failed, session.close().notes
+    assert {m.passes[0] for rows in session.masks.all_masks().values() for m in rows.values()} == {2}
+
+
+def test_threads_with_rows_of_their_own_share_a_session(driven):
+    """Conditionings computed at the same time by several workers."""
+    override, session, owner = driven
+    alone = Session(session.config, 4)
+    expected = {}
+    for row in range(4):
+        held = alone.evaluation(model="m", rows=[("uuid", row, 0)], latent_tokens=N)
+        for _ in range(3):
+            expected[row] = override(Backend(), *(x.flatten(2) for x in tensors(1, row)), HEADS, transformer_options={
+                module.EVALUATION_KEY: (owner, held), "block_index": 0})
+            held = alone.evaluation(model="m", rows=[("uuid", row, 0)], latent_tokens=N)
+    results, barrier = {}, threading.Barrier(4)
+
+    def work(row):
+        barrier.wait()
+        for _ in range(3):
+            held = session.evaluation(model="m", rows=[("uuid", row, 0)], latent_tokens=N)
+            results[row] = override(Backend(), *(x.flatten(2) for x in tensors(1, row)), HEADS, transformer_options={
+                module.EVALUATION_KEY: (owner, held), "block_index": 0})
+
+    threads = [threading.Thread(target=work, args=(row,)) for row in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[row], expected[row]) for row in range(4))
+    assert session.statistics.taken == 12
+    alone.close()
+
+
+def test_lasting_allocations_happen_while_comfyuis_recorder_is_paused(kit, monkeypatch):
+    """From 0.34 on a block's allocations may be recorded; what outlives the block must not be among them."""
+    depth, seen, entered = [], [], []
+
+    @contextmanager
+    def pause():
+        depth.append(1)
+        entered.append(1)
+        yield
+        depth.pop()
+
+    prefetch = types.ModuleType("comfy.model_prefetch")
+    try:
+        import comfy.model_prefetch as prefetch
+    except ImportError:
+        import comfy
+
+        monkeypatch.setitem(sys.modules, "comfy.model_prefetch", prefetch)
+        monkeypatch.setattr(comfy, "model_prefetch", prefetch, raising=False)
+    monkeypatch.setattr(prefetch, "pause_malloc_graph", pause, raising=False)
+    full = SkipMask.full
+
+    def watched(*args, **kwargs):
+        seen.append(bool(depth))
+        return full(*args, **kwargs)
+
+    monkeypatch.setattr(SkipMask, "full", watched)
+    kit.sample(kit.lite())
+    assert seen == [True] * 2 * LAYERS and entered
+
+
+@pytest.mark.parametrize("shape, patch, modalities, tokens", [
+    ((1, 16, 9, 32, 32), (1, 2, 2), 1, 2304),
+    ((1, 16, 9, 33, 32), (1, 2, 2), 1, 9 * 17 * 16),
+    ((1, 16, 21, 90, 160), [1, 2, 2], 1, 75600),
+    ((2, 16, 128, 128), 2, 1, 4096),
+    ((2, 16, 5, 128, 128), 2, 1, 5 * 4096),
+    ((1, 16, 9, 32, 32), None, 1, None),
+    ((1, 16, 9, 32, 32), (1, 2, 2), 2, None),
+    ((1, 1, 5000), (1, 2, 2), 1, None),
+])
+def test_tokens_of_a_latent(shape, patch, modalities, tokens):
+    assert model_call.latent_tokens(shape, patch, modalities) == tokens
+
+
+def test_layer_and_row_names():
+    assert model_call.layer_id({"block_index": 3, "block_type": "single", "total_blocks": 9}) == LayerId("single", 3, 9)
+    assert model_call.layer_id({"block_index": 3}) == LayerId("block", 3, None)
+    assert model_call.layer_id({}) is None
+    rows = model_call.row_names({"uuids": ["n", "p"], "cond_or_uncond": [1, 0]}, 4)
+    assert rows == [("n", 1, 0), ("n", 1, 1), ("p", 0, 0), ("p", 0, 1)]
+    assert model_call.row_names({"uuids": ["n", "p"], "cond_or_uncond": [1, 0]}, 3) is None
+    assert model_call.row_names({"cond_or_uncond": [1, 0]}, 2) is None
+
+
+def test_sequences_longer_than_the_latent_keep_both_ends(kit, sessions):
+    """Reference frames, text: N is not F x H x W. Simulated by a latent that claims 100 tokens less."""
+    original = module.model_call.latent_tokens
+    try:
+        module.model_call.latent_tokens = lambda *args: original(*args) - 100
+        kit.sample(kit.lite(threshold=-0.5), steps=6)
+    finally:
+        module.model_call.latent_tokens = original
+    dropped = 0
+    for bits in sessions[0].bits.values():
+        assert bits[..., 0].all() and bits[..., 0, :].all() and bits[..., -1].all() and bits[..., -1, :].all()
+        dropped += (~bits).sum().item()
+    assert dropped > 0
