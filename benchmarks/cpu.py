@@ -81,7 +81,8 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({
-            "command": "python benchmarks/cpu.py " + " ".join(sys.argv[1:]), "torch": torch.__version__,
+            "command": "python benchmarks/cpu.py --tokens " + " ".join(map(str, args.tokens)),
+            "torch": torch.__version__,
             "threads": torch.get_num_threads(), "machine": platform.machine(), "heads": args.heads,
             "head_dim": args.head_dim, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

@@ -33,7 +33,7 @@ class Result:
     latent: object
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("auto", "comfyui", "embedded"), default="auto")
     parser.add_argument("--threshold", type=float, default=-3.0, help="log2; default %(default)s")
@@ -44,7 +44,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for the picture; default ./out")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
-    return parser.parse_args()
+    return parser
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command that gives these numbers again, without where it wrote them."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "json")}
+    changed = [f"--{k.replace('_', '-')} {v:g}" if isinstance(v, float) else f"--{k.replace('_', '-')} {v}"
+               for k, v in settings.items() if v != make_parser().get_default(k)]
+    return " ".join(["python demo/run.py", *changed])
 
 
 def run_comfyui(args: argparse.Namespace, comfy_path: Path) -> tuple[Result, Result]:
@@ -127,7 +135,7 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
     numbers = {
         "engine": engine, "machine": platform.machine(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__, "command": "python demo/run.py " + " ".join(sys.argv[1:]),
+        "torch": torch.__version__, "python": platform.python_version(), "command": command(args),
         "threshold": args.threshold, "steps": args.steps, "tokens": r["tokens"], "backend": r["backend"],
         "skipped": r["skipped"], "skipped_per_step": r["skipped_per_step"],
         "attention_seconds": {"dense": d["attention_seconds"], "lite": r["attention_seconds"]},
@@ -151,7 +159,7 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = make_parser().parse_args()
     comfy_path = None if args.engine == "embedded" else find_comfyui()
     if comfy_path is None and args.engine == "comfyui":
         sys.exit("No ComfyUI found. Clone it to ~/ComfyUI (git clone https://github.com/comfyanonymous/ComfyUI) or set "

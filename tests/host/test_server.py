@@ -1,0 +1,154 @@
+"""The pack as a user has it: a real server, prompts over its HTTP API."""
+
+import copy
+import json
+import time
+
+import pytest
+from comfyui import find_comfyui
+from safetensors.torch import load_file
+
+from liteattention.tools.server import ROOT, ComfyServer, PromptFailed
+
+COMFY = find_comfyui()
+EXPECTED_INPUTS = {
+    # id: (type, default, further options)
+    "model": ("MODEL", None, {}),
+    "threshold": ("FLOAT", -10.0, {"min": -30.0, "max": 0.0, "step": 0.5}),
+    "warmup_steps": ("INT", 2, {"min": 0, "max": 100}),
+    "dense_end_steps": ("INT", 0, {"min": 0, "max": 100, "advanced": True}),
+    "dense_blocks": ("STRING", "", {"advanced": True}),
+    "min_tokens": ("INT", 0, {"min": 0, "advanced": True}),
+    "max_state_mb": ("INT", 512, {"advanced": True}),
+    "log_details": ("BOOLEAN", False, {"advanced": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ComfyServer(COMFY) as running:
+        yield running
+
+
+@pytest.fixture
+def prompt():
+    """The demo's workflow, smaller: 4 steps at 5 x 16 x 16, 320 tokens, at a threshold where tiles drop."""
+    workflow = json.loads((ROOT / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
+    workflow["3"]["inputs"] |= {"threshold": -0.5, "warmup_steps": 1, "min_tokens": 128}
+    workflow["5"]["inputs"] |= {"width": 128, "height": 128, "length": 17}
+    workflow["6"]["inputs"]["steps"] = 4
+    return workflow
+
+
+def without_node(prompt):
+    plain = copy.deepcopy(prompt)
+    plain["6"]["inputs"]["model"] = plain.pop("3")["inputs"]["model"]
+    return plain
+
+
+def latent(server, prompt, seed=None):
+    """Queue with outputs that no cache can answer; the saved latent."""
+    prompt = copy.deepcopy(prompt)
+    latent.runs = getattr(latent, "runs", 0) + 1
+    prompt["7"]["inputs"]["filename_prefix"] = f"test{latent.runs}"
+    if seed is not None:
+        prompt["6"]["inputs"]["seed"] = seed
+    outputs = server.run(prompt, timeout_s=120)
+    return load_file(server.output_file(outputs["7"]["latents"][0]))["latent_tensor"]
+
+
+def test_the_pack_loads_without_a_word_of_complaint(server):
+    log = server.log()
+    assert "IMPORT FAILED" not in log and "Traceback" not in log
+    assert "ComfyUI-LiteAttention" in log
+
+
+def test_the_node_is_what_saved_workflows_expect(server):
+    node = server.get("/object_info/LiteAttention")["LiteAttention"]
+    assert node["category"] == "model/patch" and node["output"] == ["MODEL", "LITEATTENTION_RUN"]
+    assert node["output_name"] == ["model", "run"]
+    inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    assert list(inputs) == list(EXPECTED_INPUTS)
+    for name, (kind, default, options) in EXPECTED_INPUTS.items():
+        found_kind, found = inputs[name]
+        assert found_kind == kind and found.get("default") == default, name
+        assert {k: found.get(k) for k in options} == options, name
+        assert len(found["tooltip"]) > 40, name
+    assert {"sparse attention", "speed up", "wan", "video"} <= set(node["search_aliases"])
+
+
+def test_a_prompt_skips_tiles_and_tells(server, prompt):
+    latent(server, prompt, seed=11)
+    receipt = server.receipts()[-1]
+    assert receipt["taken"] == 20 and receipt["left"] == {"cross-attention": 20}
+    assert receipt["skipped_per_step"][0] == 0 and receipt["skipped_per_step"][-1] > 0
+    assert "attention calls taken" in server.log()
+
+
+def test_bypassed_and_all_dense_give_the_bytes_of_a_graph_without_the_node(server, prompt):
+    plain = latent(server, without_node(prompt), seed=12)
+    dense = copy.deepcopy(prompt)
+    dense["3"]["inputs"]["dense_blocks"] = "0--1"
+    assert plain.equal(latent(server, dense, seed=12))
+    assert not plain.equal(latent(server, prompt, seed=12))
+    assert plain.equal(latent(server, without_node(prompt), seed=12)), "the model in the cache was not touched"
+
+
+def test_prompts_in_a_row_are_each_as_if_alone(server, prompt):
+    alone = {seed: latent(server, prompt, seed) for seed in (21, 22)}
+    other = copy.deepcopy(prompt)
+    other["5"]["inputs"]["width"] = 160
+    latent(server, other, seed=21)
+    for seed in (22, 21, 22):
+        assert alone[seed].equal(latent(server, prompt, seed))
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("dense_blocks", "x", "is not a block number or range"),
+    ("threshold", float("nan"), "log2 value from -30 to 0"),
+    ("threshold", 4.0, "Did you mean -4.0?"),
+    ("warmup_steps", -1, "smaller than min"),
+])
+def test_bad_values_are_refused_on_the_node_before_anything_runs(server, prompt, name, value, said):
+    prompt["3"]["inputs"][name] = value
+    with pytest.raises(PromptFailed) as caught:
+        server.queue(prompt)
+    errors = json.loads(str(caught.value))["node_errors"]["3"]
+    assert errors["class_type"] == "LiteAttention" and said in json.dumps(errors)
+
+
+def test_a_bad_value_that_arrives_by_a_link_stops_at_the_node(server, prompt):
+    prompt["3"]["inputs"]["dense_blocks"] = ["20", 0]
+    prompt["20"] = {"class_type": "PrimitiveString", "inputs": {"value": "nonsense"}}
+    with pytest.raises(PromptFailed, match="is not a block number or range") as caught:
+        server.run(prompt)
+    assert '"node_id": "3"' in str(caught.value)
+    del prompt["20"]
+    prompt["3"]["inputs"]["dense_blocks"] = ""
+    latent(server, prompt, seed=31)
+
+
+def test_interrupt_in_mid_run_then_a_clean_prompt(server, prompt):
+    alone = latent(server, prompt, seed=41)
+    long = copy.deepcopy(prompt)
+    long["6"]["inputs"] |= {"steps": 400, "seed": 42}
+    before = len(server.receipts())
+    prompt_id = server.queue(long)
+    deadline = time.monotonic() + 60
+    while not server.get("/queue")["queue_running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.5)
+    server.post("/interrupt", {})
+    with pytest.raises(PromptFailed, match="execution_interrupted"):
+        server.wait(prompt_id, 60)
+    cut = server.receipts()[before]
+    assert 0 < cut["steps_done"] < 400, "the account of what ran is there"
+    assert alone.equal(latent(server, prompt, seed=41))
+
+
+def test_without_triton_the_pack_loads_and_the_workflow_completes(tmp_path, prompt):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
+    with ComfyServer(COMFY, environment={"PYTHONPATH": str(tmp_path)}) as blocked:
+        assert "IMPORT FAILED" not in blocked.log()
+        latent(blocked, prompt)
+        assert blocked.receipts()[-1]["taken"] == 20

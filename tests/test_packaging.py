@@ -1,0 +1,100 @@
+"""What the registry gets, and that every stated default and number is the shipped one."""
+
+import json
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from liteattention.kernels import mask_nbytes
+from liteattention.runtime import policy
+from liteattention.runtime.config import LiteAttentionConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def tracked():
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return listed.stdout.split()
+
+
+def shipped():
+    """What `comfy node publish` would zip: tracked files that .comfyignore does not match."""
+    ignored = [line.strip() for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+               if line.strip() and not line.startswith("#")]
+    return [f for f in tracked() if not any(
+        f.startswith(pattern) if pattern.endswith("/") else fnmatch(f, pattern) for pattern in ignored)]
+
+
+def test_the_registry_gets_the_pack_and_nothing_else():
+    files = shipped()
+    folders = {f.split("/")[0] for f in files if "/" in f}
+    assert {"kernels", "runtime", "host", "nodes"} <= folders <= {"kernels", "runtime", "host", "nodes", "workflows",
+                                                                  "web", "locales"}
+    assert {f for f in files if "/" not in f} == {"__init__.py", "README.md", "LICENSE", "CHANGELOG.md",
+                                                  "pyproject.toml", ".comfyignore"}
+    assert sum((ROOT / f).stat().st_size for f in files) < 2**20
+
+
+def test_pyproject_has_what_the_registry_asks_for():
+    project, comfy = PROJECT["project"], PROJECT["tool"]["comfy"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert (ROOT / project["license"]["file"]).is_file() and project["dependencies"] == []
+    assert comfy["requires-comfyui"] == ">=0.19.0" and comfy["PublisherId"] and comfy["DisplayName"]
+
+
+def test_comfy_cli_validates_the_pack():
+    command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", "node", "validate"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_readme_names_the_defaults_and_commands_that_are_there():
+    config = LiteAttentionConfig()
+    assert f"`threshold` {config.threshold:g}, `warmup_steps` {config.warmup_steps}" in README
+    assert f"below {policy.AUTO_MIN_TOKENS_DEFAULT} on a GPU" in README
+    for command in re.findall(r"^python (\S+\.py)", README, re.MULTILINE):
+        assert (ROOT / command).is_file(), command
+    for path in re.findall(r"`((?:docs|demo|benchmarks|tests|tools)/[\w./-]+\.\w+)`", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_stated_mask_size_is_the_computed_one():
+    mb = round(40 * mask_nbytes(1, 40, 75_600, 75_600) / 2**20)
+    assert f"{mb} MB per prompt" in " ".join(README.split())
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_committed_runs():
+    rows = re.findall(r"^\| `(python demo/run\.py[^`]*)` \| ([\d.]+) % \| ([\d.]+) s \| ([\d.]+) s \| ([\d.]+) dB \|"
+                      r" `(benchmarks/results/[^`]+)` \|", README, re.MULTILINE)
+    assert len(rows) >= 2
+    for command, skipped, dense, lite, psnr, path in rows:
+        run = json.loads((ROOT / path).read_text(encoding="utf-8"))
+        assert run["command"].startswith(command)
+        assert f"{run['skipped'] * 100:.1f}" == skipped and f"{run['psnr_db']:.1f}" == psnr
+        assert f"{run['attention_seconds']['dense']:.1f}" == dense
+        assert f"{run['attention_seconds']['lite']:.1f}" == lite
+
+
+def test_results_name_command_and_versions():
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        assert run["command"].startswith("python ") and run["torch"] and re.match(r"\d{4}-\d\d-\d\d-", path.name)
+        assert "/root" not in path.read_text(encoding="utf-8") and "/work" not in path.read_text(encoding="utf-8")
+
+
+def test_no_file_names_a_machine():
+    for name in tracked():
+        if name.endswith((".py", ".md", ".toml", ".yml", ".json", ".ini", "run")):
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert not re.search(r"/(root|work|home)/\w", text) or name == "tests/test_packaging.py", name
