@@ -122,6 +122,8 @@ def lite_attention(
         raise ValueError(f"threshold is {threshold}; it is a log2 value from -inf to 0")
     if heads is not None:
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if must_keep is not None:
+        must_keep.check(q.shape[2], k.shape[2])
     rows = _mask_rows(mask, q, k)
     chosen = choose_backend(q.device, backend)
     if chosen == "triton":

@@ -70,24 +70,25 @@ class MustKeep:
     keys: tuple[tuple[int, int], ...] = ()
     queries: tuple[tuple[int, int], ...] = ()
 
-    def tile_mask(self, seqlen_q: int, seqlen_k: int) -> Tensor:
-        """bool [QT, KT] on the CPU: True where a tile must stay.
-
-        Raises:
+    def check(self, seqlen_q: int, seqlen_k: int) -> None:
+        """Raises:
             ValueError: a range that is empty, reversed or outside its sequence.
         """
-        keep = torch.zeros(tiles(seqlen_q), tiles(seqlen_k), dtype=torch.bool)
         for name, ranges, length in (("keys", self.keys, seqlen_k), ("queries", self.queries, seqlen_q)):
             for start, stop in ranges:
                 if not 0 <= start < stop <= length:
                     raise ValueError(
                         f"must_keep.{name} holds ({start}, {stop}); a range needs 0 <= start < stop <= {length}"
                     )
-                span = slice(start // TILE, tiles(stop))
-                if name == "keys":
-                    keep[:, span] = True
-                else:
-                    keep[span, :] = True
+
+    def tile_mask(self, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """bool [QT, KT] on the CPU: True where a tile must stay. Raises as `check`."""
+        self.check(seqlen_q, seqlen_k)
+        keep = torch.zeros(tiles(seqlen_q), tiles(seqlen_k), dtype=torch.bool)
+        for start, stop in self.keys:
+            keep[:, start // TILE:tiles(stop)] = True
+        for start, stop in self.queries:
+            keep[start // TILE:tiles(stop), :] = True
         return keep
 
 

@@ -162,6 +162,7 @@ class _OnlineSoftmax:
             for i, real in enumerate(whole_tiles):
                 if real < by_tile.shape[2]:
                     by_tile[i, :, max(real, 0):] = -math.inf
+                    values[i, max(real, 0) * TILE:] = 0  # NaN and Inf of a tile that only pads: 0 * NaN is NaN
             tile_max = by_tile.amax(-1)
         row_max = torch.maximum(self.row_max, tile_max.amax(-1, keepdim=True))
         # A row of nothing but -inf so far has no maximum to subtract.

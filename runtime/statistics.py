@@ -41,8 +41,8 @@ class StepReport:
     def text(self) -> str:
         """One line for the node."""
         now = "no attention ran" if self.skipped is None else f"skipped {self.skipped:.0%}"
-        return (f"step {self.step}/{self.total_steps}: {now} of the attention tiles ({self.phase}), "
-                f"run {self.skipped_so_far:.0%}, state {bytes_text(self.state_bytes)}")
+        return (f"step {self.step}/{self.total_steps}: {now}, run {self.skipped_so_far:.0%}, "
+                f"state {bytes_text(self.state_bytes)} ({self.phase})")
 
 
 @dataclass(frozen=True)

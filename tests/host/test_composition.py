@@ -101,8 +101,9 @@ def test_a_second_application_replaces_the_first(kit, sessions):
     model, calls = kit.watched(kit.model)
     for threshold in (-30.0, -9.0, -5.0, -2.0, -1.0):
         model = kit.lite(model, threshold=threshold)
-    wrappers = model.wrappers
-    assert all(len(entries["lite_attention"]) == 1 for entries in wrappers.values())
+    assert all(len(entries["lite_attention"]) == 1 for entries in model.wrappers.values())
+    override = model.model_options["transformer_options"]["optimized_attention_override"]
+    assert override.lite_attention_previous.__name__ == "counting", "no chain of our own"
     once = kit.lite(threshold=-1.0)
     for _ in range(3):
         assert torch.equal(kit.sample(model), kit.sample(once))

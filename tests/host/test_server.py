@@ -81,6 +81,18 @@ def test_the_node_is_what_saved_workflows_expect(server):
     assert {"sparse attention", "speed up", "wan", "video"} <= set(node["search_aliases"])
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_workflows_use_nodes_that_are_there(server, path):
+    known = server.get("/object_info")
+    missing = {node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]} - set(known)
+    assert not missing
+
+
+def test_the_template_browser_lists_them(server):
+    listed = server.get("/workflow_templates")
+    assert any("wan2.1_t2v_liteattention" in names for names in listed.values()), listed
+
+
 def test_a_prompt_skips_tiles_and_tells(server, prompt):
     latent(server, prompt, seed=11)
     receipt = server.receipts()[-1]

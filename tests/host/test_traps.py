@@ -11,7 +11,7 @@ from host_kit import LAYERS
 
 from liteattention.host import model_call
 from liteattention.kernels import SkipMask
-from liteattention.runtime import LayerId, LiteAttentionConfig, Session
+from liteattention.runtime import LayerId, LiteAttentionConfig, RunHandle, Session
 
 module = sys.modules["liteattention.host.attach"]
 N, HEADS, D = 384, 2, 64
@@ -205,6 +205,34 @@ def test_lasting_allocations_happen_while_comfyuis_recorder_is_paused(kit, monke
     monkeypatch.setattr(SkipMask, "full", watched)
     kit.sample(kit.lite())
     assert seen == [True] * 2 * LAYERS and entered
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("in the run")])
+def test_a_guider_gets_its_options_back(error):
+    """Also one that calls outer_sample itself: core's own `sample` would hide a leak."""
+    original = {"transformer_options": {"kept": 1}}
+    guider = types.SimpleNamespace(model_options=original,
+                                   model_patcher=types.SimpleNamespace(load_device=torch.device("cpu")))
+    seen = []
+
+    def executor(*args, **kwargs):
+        seen.append((guider.model_options["transformer_options"], args[5], kwargs))
+        if error is not None:
+            raise error
+        return "latent"
+
+    executor.class_obj = guider
+    wrapper = module.make_run_wrapper(LiteAttentionConfig(), object(), None, RunHandle())
+    arguments = {"callback": lambda *args: args, "latent_shapes": [1]}
+    if error is None:
+        assert wrapper(executor, "noise", "latent", "sampler", torch.ones(5), **arguments) == "latent"
+    else:
+        with pytest.raises(RuntimeError):
+            wrapper(executor, "noise", "latent", "sampler", torch.ones(5), **arguments)
+    assert guider.model_options is original and original == {"transformer_options": {"kept": 1}}
+    inside, callback, kwargs = seen[0]
+    assert inside["kept"] == 1 and module.KEY in inside and kwargs == {"latent_shapes": [1]}
+    assert callback(0, "x0", "x", 4) == (0, "x0", "x", 4), "a callback given by keyword is wrapped as well"
 
 
 @pytest.mark.parametrize("shape, patch, modalities, tokens", [
