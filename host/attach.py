@@ -102,12 +102,12 @@ def apply_model(executor: Callable, x: torch.Tensor, t: torch.Tensor, c_concat: 
     run = (transformer_options or {}).get(KEY)
     if isinstance(run, _Run):
         model = executor.class_obj
-        shapes = kwargs.get("latent_shapes")
+        patch_size = getattr(getattr(model, "diffusion_model", None), "patch_size", None)
+        modalities = len(kwargs.get("latent_shapes") or [None])
         evaluation = run.session.evaluation(
             model=id(model),
             rows=model_call.row_names(transformer_options, x.shape[0]),
-            latent_tokens=model_call.latent_tokens(
-                tuple(x.shape), getattr(model.diffusion_model, "patch_size", None), len(shapes or [None])),
+            latent_tokens=model_call.latent_tokens(tuple(x.shape), patch_size, modalities),
             window=model_call.window_key(transformer_options),
             leave=model_call.leave_reason(transformer_options, run.ordinary, run.moving_windows))
         transformer_options = {**transformer_options, EVALUATION_KEY: (run.owner, evaluation)}

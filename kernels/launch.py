@@ -36,6 +36,7 @@ class LaunchConfig:
 _MMA_SYNC = LaunchConfig()
 _FLOAT32 = LaunchConfig(BLOCK_M=32, BLOCK_N=16, num_warps=4)  # tf32x3 holds six operands: larger tiles spill kilobytes
 _CDNA = LaunchConfig(num_warps=4, num_stages=1, record=1)
+_RDNA = LaunchConfig(BLOCK_N=32, num_stages=1, record=1)
 _HOPPER = LaunchConfig(BLOCK_N=128, record=1)
 _TABLE: dict[tuple[str, int, bool], LaunchConfig] = {
     # (architecture, head_dim, float32)
@@ -63,5 +64,6 @@ def _architecture(index: int) -> str:
 def launch_config(arch: str, head_dim: int, dtype: torch.dtype) -> LaunchConfig:
     """The configuration for one architecture ("sm_89"), head_dim and input dtype."""
     float32 = dtype == torch.float32
-    default = _FLOAT32 if float32 else _CDNA if arch.startswith("gfx") else _MMA_SYNC
+    half = _CDNA if arch.startswith("gfx9") else _RDNA if arch.startswith("gfx") else _MMA_SYNC
+    default = _FLOAT32 if float32 else half
     return _TABLE.get((arch, head_dim, float32), default)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 def load_kernels():
     """This folder as a package under a private name, without its parent (which needs ComfyUI)."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).resolve().parent
+    # As a script this folder leads sys.path, where its module names could hide others.
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != folder]
     spec = importlib.util.spec_from_file_location("liteattention_selftest", folder / "__init__.py",
                                                   submodule_search_locations=[str(folder)])
     module = importlib.util.module_from_spec(spec)

@@ -6,10 +6,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -17,7 +19,11 @@ from pathlib import Path
 
 import torch
 
+log = logging.getLogger("LiteAttention")
+
 _CHILD_TIMEOUT_S = 300
+_REFUSAL_LASTS_S = 24 * 3600
+"""A failure may have had a passing cause (a full GPU, a driver being updated): it is tried again a day later."""
 _CHILD = Path(__file__).with_name("selftest.py")
 
 
@@ -62,20 +68,22 @@ def cached_verdict(identity: list[str], device: str, cache_dir: Path | None = No
                    run_child: Callable[[str], TritonVerdict] | None = None) -> TritonVerdict:
     """The verdict stored for `identity`, or else that of a child process, which is then stored.
 
-    Only a verdict that was reached is stored; a cache that cannot be read or written costs time, nothing else.
+    A cache that cannot be read or written costs time, nothing else.
     """
     folder = cache_dir or user_cache_dir()
     path = folder / f"triton-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.json"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        return TritonVerdict(bool(held["usable"]), str(held["reason"]))
+        if held["usable"] is True or time.time() - float(held["time"]) < _REFUSAL_LASTS_S:
+            return TritonVerdict(held["usable"] is True, str(held["reason"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass
+    log.info("LiteAttention: first use on this machine: a child process compiles and checks the kernels on %s", device)
     verdict = (run_child or run_selftest)(device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps({**asdict(verdict), "identity": identity}), encoding="utf-8")
+        partial.write_text(json.dumps({**asdict(verdict), "time": time.time(), "identity": identity}), encoding="utf-8")
         os.replace(partial, path)
     except OSError:
         pass

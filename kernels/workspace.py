@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .mask import MustKeep, pack_bits
 
-_TABLE_LIMIT = 256
-"""Distinct small tables kept per workspace; a render needs a handful per layer, a leak would need more."""
+_TABLE_LIMIT = 4096
+"""Distinct small tables kept per workspace. A render needs two per layer and way of batching its rows; evicting one
+that is still in use would cost an upload, and with it a synchronisation, at every call."""
 
 
 class Workspace:
