@@ -260,6 +260,28 @@ def test_the_state_limit_names_the_layers_left_dense():
     assert receipt.dense_layers[0] in receipt.text()
 
 
+def test_a_gpu_without_triton_keeps_its_attention_and_one_line_says_what_to_install(monkeypatch, caplog):
+    from liteattention.kernels import BackendChoice
+    from liteattention.runtime import session as module
+
+    hint = "Triton is not installed; for torch 2.11 on Windows run: python -m pip install triton-windows"
+    monkeypatch.setattr(module, "resolve_backend", lambda device: BackendChoice("torch", False, hint))
+    run = session()
+    assert [run.backend(torch.device("cuda", i)) for i in (0, 0, 0)] == [None] * 3
+    assert caplog.text.count(hint) == 1 and hint in run.close().notes[0]
+    monkeypatch.setattr(module, "resolve_backend", lambda device: BackendChoice("torch", True))
+    assert session().backend(torch.device("cuda")) == "torch", "unless it was asked for by name"
+
+
+def test_a_wrong_environment_variable_is_a_line_and_not_the_end(monkeypatch):
+    monkeypatch.setenv("LITEATTENTION_BACKEND", "tritn")
+    run, previous = session(total=4), Previous()
+    forward(run, 0, previous=previous)
+    receipt = run.close()
+    assert previous.calls == 2 and receipt.left == {policy.NO_BACKEND: 2}
+    assert "LITEATTENTION_BACKEND is 'tritn'; allowed: auto, triton, torch" in receipt.text()
+
+
 def test_wan_14b_720p_state_fits_75_mb_per_row():
     from liteattention.kernels import mask_nbytes
 
