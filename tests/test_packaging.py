@@ -70,6 +70,16 @@ def test_the_readme_names_the_defaults_and_commands_that_are_there():
         assert (ROOT / path).is_file(), path
 
 
+def test_the_help_page_explains_every_reason_by_its_own_words():
+    page = (ROOT / "web" / "docs" / "LiteAttention.md").read_text(encoding="utf-8")
+    from liteattention.runtime import Phase
+
+    shown = {policy.CROSS_ATTENTION, policy.EXTRA_PASS, policy.MOVING_WINDOWS, policy.NO_LAYER, policy.NO_BACKEND,
+             policy.OVER_STATE_LIMIT, policy.KERNEL_FAILED, policy.DENSE_BLOCK, Phase.WARMUP.value, Phase.END.value}
+    assert not {reason for reason in shown if reason not in page}
+    assert f"`{LiteAttentionConfig().threshold:g}` the default" in page
+
+
 def test_the_stated_mask_size_is_the_computed_one():
     mb = round(40 * mask_nbytes(1, 40, 75_600, 75_600) / 2**20)
     assert f"{mb} MB per prompt" in " ".join(README.split())
