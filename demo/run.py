@@ -160,7 +160,10 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
 
 def main() -> None:
     args = make_parser().parse_args()
-    comfy_path = None if args.engine == "embedded" else find_comfyui()
+    try:
+        comfy_path = None if args.engine == "embedded" else find_comfyui()
+    except FileNotFoundError as error:
+        sys.exit(str(error))
     if comfy_path is None and args.engine == "comfyui":
         sys.exit("No ComfyUI found. Clone it to ~/ComfyUI (git clone https://github.com/comfyanonymous/ComfyUI) or set "
                  "COMFYUI_PATH to where it is.")

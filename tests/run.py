@@ -19,7 +19,10 @@ from environment import rerun_with_requirements  # noqa: E402
 
 
 def main() -> int:
-    comfy_path = find_comfyui()
+    try:
+        comfy_path = find_comfyui()
+    except FileNotFoundError as error:
+        sys.exit(str(error))
     rerun_with_requirements(comfy_path, always_venv=True)
     if comfy_path is None:
         print("Host tests are left out: no ComfyUI found (COMFYUI_PATH, the one this pack is installed in, ~/ComfyUI).")
