@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -21,3 +22,5 @@ def model_folder() -> Path:
 
 
 os.environ.pop("LITEATTENTION_BACKEND", None)
+# The tensors are small: on a busy machine torch's threads wait for each other, up to a hundred times as long.
+torch.set_num_threads(1)

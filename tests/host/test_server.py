@@ -27,7 +27,7 @@ EXPECTED_INPUTS = {
 
 @pytest.fixture(scope="module")
 def server():
-    with ComfyServer(COMFY) as running:
+    with ComfyServer(COMFY, environment={"OMP_NUM_THREADS": "1"}) as running:
         yield running
 
 
@@ -165,7 +165,7 @@ def test_interrupt_in_mid_run_then_a_clean_prompt(server, prompt):
 
 def test_without_triton_the_pack_loads_and_the_workflow_completes(tmp_path, prompt):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
-    with ComfyServer(COMFY, environment={"PYTHONPATH": str(tmp_path)}) as blocked:
+    with ComfyServer(COMFY, environment={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}) as blocked:
         assert loaded(blocked)
         latent(blocked, prompt)
         assert blocked.receipts()[-1]["taken"] == 20
