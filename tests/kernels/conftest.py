@@ -6,10 +6,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+# A busy machine is no failure: no example has to be done within a time.
+settings.register_profile("kernels", deadline=None)
+settings.load_profile("kernels")
+
+
+def pytest_configure(config):
+    # The interpreter is numpy underneath; NaN and Inf planted by tests make it warn.
+    for category in ("RuntimeWarning", "DeprecationWarning"):
+        config.addinivalue_line("filterwarnings", f"ignore::{category}:triton.runtime.interpreter")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The tensors are tiny: on a busy machine torch's threads wait for each other, up to a hundred times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +49,20 @@ def backend(request):
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton is not installed on this system")
     return request.param
+
+
+@pytest.fixture
+def place(backend, device):
+    """Where the inputs of this backend lie."""
+    return device if backend == "triton" else torch.device("cpu")
+
+
+@pytest.fixture
+def grouped(monkeypatch):
+    """The torch backend computes as on an accelerator: many query tiles at once, padded to the longest."""
+    from liteattention.kernels import torch_attention
+
+    group = torch_attention._groups
+    monkeypatch.setattr(torch_attention, "_groups", lambda lists, n, _: group(lists, n, torch.device("mps")))
+    monkeypatch.setattr(torch_attention, "_CPU_CHUNK", 10**6)
+    return monkeypatch

@@ -36,9 +36,10 @@ def order(active, own, backwards, n_keys):
 
 
 def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=None):
-    """Everything from the docstring of `lite_attention`, one recording pass. q, k, v: [B, H, N, D] of any float dtype.
+    """Everything from the docstring of `lite_attention`, one recording pass. q, k, v: [B, H, N, D], any float dtype.
 
-    active: bool [B, H, QT, KT]. backwards: bool, or one per batch row. must: bool [QT, KT].
+    active: bool [B, H, QT, KT]. backwards: bool, or one per batch row. must: bool [QT, KT]. What NaN and Inf in
+    the inputs do follows from float64 arithmetic over the visited tiles.
     """
     q, k, v = (x.double() for x in (q, k, v))
     batch, heads, n_q, d = q.shape
@@ -58,11 +59,14 @@ def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=N
                     continue
                 scores = q[b, h, rows] @ k[b, h].T
                 reference = torch.full((scores.shape[0],), -math.inf, dtype=torch.float64)
+                spoiled = torch.zeros(scores.shape[0], dtype=torch.bool)
                 for t in visited:
                     top = scores[:, t * TILE:(t + 1) * TILE].max(1).values
-                    above = (top - reference) * scale / math.log(2) - threshold
-                    keep[b, h, qt, t] = bool((above > 0).any())
-                    margin[b, h, qt, t] = above.max().abs()
+                    spoiled |= top.isnan() | (top == math.inf)
+                    # A row of nothing but -inf so far has no maximum to be below.
+                    above = ((top - reference) * scale / math.log(2) - threshold).nan_to_num(nan=math.inf)
+                    keep[b, h, qt, t] = bool((spoiled | (above > 0)).any())
+                    margin[b, h, qt, t] = math.inf if spoiled.any() else above.max().abs()
                     reference = torch.maximum(reference, top)
                 columns = torch.cat([torch.arange(t * TILE, min(n_k, t * TILE + TILE)) for t in sorted(visited)])
                 seen = scores[:, columns] * scale
@@ -71,6 +75,12 @@ def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=N
     if must is not None:
         keep |= must & active
     return Oracle(out, lse, keep, margin)
+
+
+def holes(batch, heads, n_q, n_k, density, seed=1):
+    """A start mask with random holes, bool [B, H, QT, KT]."""
+    shape = batch, heads, -(-n_q // TILE), -(-n_k // TILE)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
 
 
 def strengths(n):

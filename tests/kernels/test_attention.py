@@ -35,12 +35,6 @@ def ids(case):
     return "x".join(str(x).removeprefix("torch.") for x in case)
 
 
-def holes(batch, heads, n_q, n_k, density, seed=1):
-    """A start mask with random holes."""
-    shape = batch, heads, tiles(n_q), tiles(n_k)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
-
-
 def run(backend, device, inputs, mask, **options):
     """Output and lse in float64 on the CPU."""
     inputs = [x.to(device if backend == "triton" else "cpu") for x in inputs]
@@ -69,7 +63,7 @@ def test_result_and_decisions_over_three_passes(backend, device, interpreted, ca
     batch, heads, n_q, n_k, d, dtype, layout = case
     if dtype is BF16 and backend == "triton" and interpreted:
         pytest.skip("the interpreter of Triton 3.6 computes bfloat16 products wrongly")
-    start = holes(batch, heads, n_q, n_k, 0.8)
+    start = oracle.holes(batch, heads, n_q, n_k, 0.8)
     place = device if backend == "triton" else "cpu"
     mask = SkipMask.from_bool(start, n_q, n_k).to(place)
     dropped = 0
@@ -90,10 +84,10 @@ def test_result_and_decisions_over_three_passes(backend, device, interpreted, ca
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n_q=st.integers(1, 700), n_k=st.integers(1, 700), d=st.sampled_from([64, 96, 128]), seed=st.integers(0, 999),
-       threshold=st.sampled_from([-0.5, -3.0, -9.0]), density=st.floats(0, 1), backwards=st.booleans())
+       threshold=st.sampled_from([0.0, -0.5, -3.0, -9.0]), density=st.floats(0, 1), backwards=st.booleans())
 def test_torch_on_any_shape(n_q, n_k, d, seed, threshold, density, backwards):
     inputs = oracle.make(1, 1, n_q, n_k, d, F32, seed=seed)
-    start = holes(1, 1, n_q, n_k, density, seed)
+    start = oracle.holes(1, 1, n_q, n_k, density, seed)
     mask = SkipMask.from_bool(start, n_q, n_k)
     mask.passes = [int(backwards)]
     expected = oracle.attention(*inputs, start, threshold, backwards)
@@ -129,6 +123,47 @@ def test_softmax_scale_and_wide_rows(backend, device):
     check(out.double().cpu(), lse.double().cpu(), expected, F16)
     same_decisions(mask.to_bool().cpu(), expected)
     assert mask.density() < 1
+
+
+def test_threshold_zero_keeps_only_what_raises_the_maximum(backend, device):
+    place = device if backend == "triton" else "cpu"
+    inputs = oracle.make(1, 2, 500, 500, 64, F16)
+    mask = SkipMask.full(1, 2, 500, device=place)
+    expected = oracle.attention(*inputs, mask.to_bool().cpu(), 0.0)
+    run(backend, device, inputs, mask, threshold=0.0)
+    same_decisions(mask.to_bool().cpu(), expected)
+    assert 0 < mask.density() < 0.7
+
+
+@pytest.mark.parametrize("threshold, kept", [(-4.0, [True, False, True, True]), (0.0, [True, False, False, False])])
+def test_a_tile_exactly_at_the_threshold_is_dropped(backend, device, threshold, kept):
+    """Integer scores and a scale of ln 2, so that no rounding decides: only what is above the threshold stays."""
+    place = device if backend == "triton" else "cpu"
+    q, k = torch.zeros(1, 1, 128, 64, dtype=F16), torch.zeros(1, 1, 512, 64, dtype=F16)
+    q[..., 0] = 1
+    k[..., 0] = torch.tensor([8, 4, 5, 8]).repeat_interleave(128)
+    mask = SkipMask.full(1, 1, 128, 512, device=place)
+    run(backend, device, (q, k, k), mask, threshold=threshold, sm_scale=math.log(2))
+    assert mask.to_bool().flatten().tolist() == kept
+
+
+def test_masks_wider_than_one_word(backend, device):
+    """35 key tiles: decisions of both words, ascending and descending, with holes and a partial last tile."""
+    n_q, n_k = 130, 34 * 128 + 37
+    place = device if backend == "triton" else "cpu"
+    start = oracle.holes(1, 1, n_q, n_k, 0.8)
+    mask = SkipMask.from_bool(start, n_q, n_k).to(place)
+    assert mask.words.shape[-1] == 2
+    for number in range(2):
+        inputs = oracle.make(1, 1, n_q, n_k, 64, F16, seed=number)
+        before = mask.to_bool().cpu()
+        expected = oracle.attention(*inputs, before, -4.0, backwards=number == 1)
+        out, lse = run(backend, device, inputs, mask, threshold=-4.0)
+        check(out, lse, expected, F16)
+        after = mask.to_bool().cpu()
+        same_decisions(after, expected)
+        assert (before & ~after).any() and after[..., 32:].any()
+    assert (start & ~after)[..., 32:].any(), "data that drops nothing in the second word proves nothing about it"
 
 
 def test_must_keep_tiles_stay(backend, device):
@@ -187,3 +222,30 @@ def test_triton_and_torch_make_the_same_masks(device, n):
         assert torch.equal(masks["torch"].words, masks["triton"].words.cpu())
         assert (outs["torch"] - outs["triton"]).abs().max() < 2e-3
     assert masks["torch"].density() < 0.9
+
+
+def test_triton_and_torch_agree_on_rows_of_different_age(device):
+    """Three rows of age 0, 1 and 2 with holes of their own in one call, bit for bit over two passes."""
+    pytest.importorskip("triton", reason="Triton is not installed on this system")
+    n = 512
+    starts = [oracle.holes(1, 1, n, n, 0.9, seed) for seed in (1, 2, 3)]
+    masks = {}
+    for name, place in (("torch", "cpu"), ("triton", device)):
+        masks[name] = [SkipMask.from_bool(s, n, n).to(place) for s in starts]
+        for age, mask in enumerate(masks[name]):
+            mask.passes = [age]
+    for number in range(2):
+        inputs = oracle.make(3, 1, n, n, 64, F16, seed=number)
+        before = torch.cat([m.to_bool() for m in masks["torch"]])
+        backwards = [m.passes[0] % 2 == 1 for m in masks["torch"]]
+        expected = oracle.attention(*inputs, before, -3.0, backwards)
+        assert backwards == [number == 1, number == 0, number == 1]
+        assert expected.margin.min() > MARGIN, "choose another seed: a decision is too close to call bit for bit"
+        for name, rows in masks.items():
+            out, lse = run(name, device, inputs, rows, threshold=-3.0)
+            check(out, lse, expected, F16)
+            assert torch.equal(torch.cat([m.to_bool() for m in rows]).cpu(), expected.keep)
+    assert [m.passes for m in masks["triton"]] == [[2], [3], [4]]
+    assert expected.keep.sum() < sum(s.sum() for s in starts)
+    other_way = oracle.attention(*inputs, before, -3.0, [not b for b in backwards])
+    assert not torch.equal(other_way.keep, expected.keep), "data on which the direction decides nothing"

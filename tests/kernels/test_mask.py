@@ -58,6 +58,27 @@ def test_reset_clone_and_moves_are_independent():
         assert copy.density() == 0 and copy.passes == [3, 4]
 
 
+def test_what_a_mask_hands_out_is_its_own():
+    """Neither the list of passes nor the bits given in are shared with anyone."""
+    passes, bits = [1, 2], torch.ones(2, 1, 3, 3, dtype=torch.bool)
+    given = SkipMask(SkipMask.full(2, 1, 300).words, 300, 300, passes)
+    copy = given.clone()
+    given.passes[0] = 9
+    assert passes == [1, 2] and copy.passes == [1, 2]
+    mask = SkipMask.from_bool(bits, 300, 300)
+    bits.zero_()
+    mask.to_bool().zero_()
+    assert mask.density() == 1
+
+
+def test_reset_works_in_place():
+    """Words are addressed by kernels and shared with views: they never move."""
+    mask = SkipMask.from_bool(torch.zeros(1, 1, 2, 70, dtype=torch.bool), 200, 70 * TILE)
+    words = mask.words
+    mask.reset()
+    assert mask.words is words and words[0, 0, 0].tolist() == [-1, -1, (1 << 6) - 1]
+
+
 def test_masks_can_be_updated_outside_inference_mode():
     with torch.inference_mode():
         masks = [SkipMask.full(1, 1, 300), SkipMask.from_bool(torch.ones(1, 1, 3, 3, dtype=torch.bool), 300, 300)]
@@ -82,8 +103,28 @@ def test_too_many_keys_for_a_tile_number():
     assert SkipMask.full(1, 1, 1, 32767 * TILE, device="meta").words.shape[-1] == 1024
 
 
+def test_sizes_come_from_the_numbers_alone():
+    """Far beyond 2^31, and without a byte allocated."""
+    n = 4_000_000
+    assert mask_shape(2, 48, n, n) == (2, 48, 31250, 977)
+    assert mask_nbytes(2, 48, n, n) == 4 * 2 * 48 * 31250 * 977 > 2**33
+    mask = SkipMask.full(2, 48, n, device="meta")
+    assert mask.nbytes == mask_nbytes(2, 48, n, n) and mask.total_tiles == 2 * 48 * 31250 * 31250
+    assert SkipMask.full(2, 3, 300).to("meta").words.shape == (2, 3, 3, 1)
+
+
 def test_wan_14b_at_720p_needs_at_most_75_mb_per_batch_row():
-    assert 40 * mask_nbytes(1, 40, 75_600, 75_600) <= 75e6
+    """81 frames of 1280 x 720 are 21 x 45 x 80 tokens; 40 layers of 40 heads."""
+    needed = 40 * mask_nbytes(1, 40, 21 * 45 * 80, 21 * 45 * 80)
+    assert 21 * 45 * 80 == 75_600
+    assert needed == 40 * 40 * 591 * 19 * 4 <= 75e6
+
+
+@given(st.lists(st.integers(-2**31, 2**31 - 1), min_size=1, max_size=8))
+def test_popcount_of_any_words(words):
+    """An int64 total: 2^31 active tiles are within reach of a long video."""
+    count = popcount(torch.tensor(words, dtype=torch.int32))
+    assert count.dtype == torch.int64 and count == sum((w & (2**32 - 1)).bit_count() for w in words)
 
 
 @given(st.integers(1, 3000), st.data())
@@ -94,6 +135,20 @@ def test_must_keep_covers_every_tile_it_touches_and_no_other(n, data):
     expected = [min(touched) <= t <= max(touched) for t in range(tiles(n))]
     assert MustKeep(keys=((start, stop),)).tile_mask(1, n)[0].tolist() == expected
     assert MustKeep(queries=((start, stop),)).tile_mask(n, 1)[:, 0].tolist() == expected
+
+
+@given(st.integers(300, 3000), st.data())
+def test_must_keep_ranges_add_up(n, data):
+    """Keys mark columns, queries mark rows; several ranges are the union of each alone; none keeps nothing."""
+    ends = st.tuples(st.integers(0, n - 1), st.integers(1, n)).filter(lambda x: x[0] < x[1])
+    keys, queries = data.draw(st.lists(ends, max_size=3)), data.draw(st.lists(ends, max_size=3))
+    union = torch.zeros(tiles(n), tiles(n), dtype=torch.bool)
+    for span in keys:
+        union |= MustKeep(keys=(span,)).tile_mask(n, n)
+    for span in queries:
+        union |= MustKeep(queries=(span,)).tile_mask(n, n)
+    assert torch.equal(MustKeep(tuple(keys), tuple(queries)).tile_mask(n, n), union)
+    assert not MustKeep().tile_mask(n, n).any()
 
 
 @pytest.mark.parametrize("span", [(5, 5), (6, 5), (-1, 5), (0, 301)])

@@ -24,14 +24,19 @@ def test_minus_infinity_is_the_dense_run_bit_for_bit(backend, device, n):
     for _ in range(2):
         assert torch.equal(lite_attention(*inputs, mask, threshold=-math.inf, backend=backend), dense)
     assert mask.density() == 1 and mask.passes == [0]
+    mask.passes = [1]
+    assert torch.equal(lite_attention(*inputs, mask, threshold=-math.inf, backend=backend), dense)
+    assert mask.density() == 1 and mask.passes == [1], "whatever the age of the mask"
 
 
 @pytest.mark.parametrize("n", [384, 400])
 def test_recording_itself_changes_no_bit_of_the_result(backend, device, n):
     inputs, place = setup(backend, device, n)
     mask = SkipMask.full(1, 2, n, device=place)
-    recorded = lite_attention(*inputs, mask, threshold=-1e30, backend=backend)
-    assert torch.equal(recorded, lite_attention(*inputs, backend=backend))
+    recorded = lite_attention(*inputs, mask, threshold=-1e30, backend=backend, return_lse=True)
+    dense = lite_attention(*inputs, backend=backend, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(recorded, dense, strict=True))
+    assert torch.equal(lite_attention(*inputs, backend=backend), dense[0]), "asking for lse changes nothing either"
     assert mask.density() == 1 and mask.passes == [1]
 
 
@@ -67,31 +72,54 @@ def test_two_runs_are_bitwise_equal(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("where, value", [("q", math.nan), ("q", math.inf), ("k", math.nan), ("k", math.inf),
-                                          ("k", -math.inf), ("v", math.nan), ("v", math.inf)])
-def test_nan_and_inf_come_out_as_in_dense_attention_and_clear_nothing(backend, device, where, value):
-    """Row 5 of head 0 and its neighbours: the same elements are not finite, and the row keeps what it still meets."""
-    inputs, place = setup(backend, device)
-    token, channel = 5, 3
-    dict(zip("qkv", inputs, strict=True))[where][0, 0, token, channel] = value
-    clean, _ = setup(backend, device)
-    masks = [SkipMask.full(1, 2, 400, device=place) for _ in range(2)]
-    out = lite_attention(*inputs, masks[0], threshold=-4.0, backend=backend).float().cpu()
-    lite_attention(*clean, masks[1], threshold=-4.0, backend=backend)
-    dense = torch.softmax((inputs[0].cpu().double() @ inputs[1].cpu().double().transpose(-1, -2)) / 8, -1)
-    dense = dense @ inputs[2].cpu().double()
-    assert torch.equal(out.isnan(), dense.isnan())
-    assert torch.equal(out.isinf(), dense.isinf())
-    fine = dense.isfinite()
-    assert (out.double() - dense)[fine].abs().max() < 5e-3
-    bits, without = (m.to_bool().cpu() for m in masks)
-    assert torch.equal(bits[0, 1], without[0, 1]), "the other head does not notice"
+@pytest.mark.parametrize("token, backwards", [(5, False), (200, True)])
+@pytest.mark.parametrize("where, value", [("q", math.nan), ("q", math.inf), ("q", -math.inf), ("k", math.nan),
+                                          ("k", math.inf), ("k", -math.inf), ("v", math.nan), ("v", math.inf)])
+def test_nan_and_inf_come_out_as_dense_and_clear_nothing(backend, device, where, value, token, backwards):
+    """One element of head 0, with holes in the mask.
+
+    Held: the output is NaN, Inf and finite exactly where float64 attention over the computed tiles is; a row that
+    has met NaN or +Inf keeps every active tile it visits from there on; all other decisions are as without.
+    """
+    inputs, place = setup(backend, device, n=600)
+    clean = [x.cpu().clone() for x in inputs]
+    dict(zip("qkv", inputs, strict=True))[where][0, 0, token, 3] = value
+    start = oracle.holes(1, 2, 600, 600, 0.9)
+    mask = SkipMask.from_bool(start, 600, 600).to(place)
+    mask.passes = [int(backwards)]
+    out = lite_attention(*inputs, mask, threshold=-4.0, backend=backend).double().cpu()
+    expected = oracle.attention(*(x.cpu() for x in inputs), start, -4.0, backwards)
+    without = oracle.attention(*clean, start, -4.0, backwards).keep
+    assert torch.equal(out.isnan(), expected.out.isnan()) and torch.equal(out.isinf(), expected.out.isinf())
+    fine = expected.out.isfinite()
+    assert fine.any() and not fine.all() and (out - expected.out)[fine].abs().max() < 5e-3
+    bits = mask.to_bool().cpu()
+    assert expected.margin.min() > 2e-3, "choose another seed: a decision is too close to call"
+    assert torch.equal(bits, expected.keep)
+    assert torch.equal(bits[0, 1], without[0, 1]) and without.sum() < start.sum(), "the other head does not notice"
+    own = token // 128
     if where == "q":
-        assert bits[0, 0, 0].all(), "the row cannot judge, so it keeps every tile"
-        assert torch.equal(bits[0, 0, 1:], without[0, 0, 1:])
+        assert torch.equal(bits[0, 0, own], start[0, 0, own]), "the row cannot judge, so it keeps every tile"
+        assert not torch.equal(without[0, 0, own], start[0, 0, own])
+    if where == "k":
+        for tile, row in enumerate(start[0, 0].tolist()):
+            visited = oracle.order(row, tile, backwards, 600)
+            after = visited[visited.index(own):] if own in visited else []
+            assert bits[0, 0, tile, after].all(), "everything visited after the tile stays"
+        assert not torch.equal(bits, without)
     if where == "v":
         assert torch.equal(bits, without), "values do not enter decisions"
-    assert without.float().mean() < 1
+
+
+def test_a_tile_that_is_not_computed_cannot_spoil_anything(backend, device):
+    """NaN in K and V of key tile 1, which no query tile of head 0 computes."""
+    inputs, place = setup(backend, device)
+    inputs[1][0, 0, 128:256] = inputs[2][0, 0, 128:256] = math.nan
+    bits = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    bits[0, 0, :, 1] = False
+    out = lite_attention(*inputs, SkipMask.from_bool(bits, 400, 400).to(place), threshold=-4.0, backend=backend)
+    assert out.isfinite().all()
+    assert lite_attention(*inputs, backend=backend)[0, 0].isnan().all(), "dense meets them"
 
 
 def test_a_tile_of_minus_infinity_scores_weighs_nothing(backend, device):
@@ -107,6 +135,21 @@ def test_a_tile_of_minus_infinity_scores_weighs_nothing(backend, device):
     assert torch.isfinite(out).all()
     assert (expected[..., :128] == 0).all()
     assert (out - expected @ v.double()).abs().max() < 1e-3
+
+
+def test_keys_of_minus_infinity(backend, device):
+    """A whole key tile with -Inf scores: weight 0, no NaN, and no vote against anything but what is below -inf."""
+    inputs, place = setup(backend, device, n=600)
+    inputs[0][..., 0] = inputs[0][..., 0].abs() + 1
+    inputs[1][:, :, 128:256, 0] = -math.inf
+    start = oracle.holes(1, 2, 600, 600, 0.9)
+    mask = SkipMask.from_bool(start, 600, 600).to(place)
+    expected = oracle.attention(*(x.cpu() for x in inputs), start, -4.0)
+    out, lse = lite_attention(*inputs, mask, threshold=-4.0, backend=backend, return_lse=True)
+    assert expected.out.isfinite().all() and (out.double().cpu() - expected.out).abs().max() < 5e-3
+    assert torch.allclose(lse.double().cpu(), expected.lse, atol=2e-5, rtol=2e-5)
+    assert expected.margin.min() > 2e-3 and torch.equal(mask.to_bool().cpu(), expected.keep)
+    assert not expected.keep[0, 0, 0, 1] and expected.keep[0, 0, 1, 1], "dropped, but not where it comes first"
 
 
 def test_counting_and_workspace(backend, device):
@@ -145,60 +188,58 @@ def test_the_torch_backend_multiplies_in_proportion_to_density(monkeypatch):
         assert keys == 2 * 128 * active, "QK and PV each see every active tile's 128 keys once, and no other"
 
 
-def test_a_failed_launch_resets_the_masks_it_had_opened(device, monkeypatch):
+class Broken:
+    def __getitem__(self, grid):
+        raise RuntimeError("launch failed")
+
+
+@pytest.mark.parametrize("kernel", ["expand_kernel", "attention_kernel"])
+def test_a_failed_launch_resets_the_masks_it_had_opened(device, monkeypatch, kernel):
     pytest.importorskip("triton", reason="Triton is not installed on this system")
     from liteattention.kernels import triton_attention
 
-    class Broken:
-        def __getitem__(self, grid):
-            raise RuntimeError("launch failed")
-
-    inputs, place = setup("triton", device)
-    mask = SkipMask.full(1, 2, 400, device=place)
-    lite_attention(*inputs, mask, threshold=-4.0, backend="triton")
-    assert mask.density() < 1
-    monkeypatch.setattr(triton_attention, "attention_kernel", Broken())
+    inputs, place = setup("triton", device, batch=2, heads=1)
+    masks = [SkipMask.full(1, 1, 400, device=place) for _ in range(2)]
+    lite_attention(*inputs, masks, threshold=-4.0, backend="triton")
+    words = [m.words.clone() for m in masks]
+    assert all(m.density() < 1 for m in masks)
+    monkeypatch.setattr(triton_attention, kernel, Broken())
+    computed = torch.zeros(1, dtype=torch.int64, device=place)
     with pytest.raises(RuntimeError, match="launch failed"):
-        lite_attention(*inputs, mask, threshold=-4.0, backend="triton")
-    assert mask.density() == 1 and mask.passes == [0]
+        lite_attention(*inputs, masks, threshold=-4.0, record=False, backend="triton", computed=computed)
+    assert all(torch.equal(m.words, w) and m.passes == [1] for m, w in zip(masks, words, strict=True)), "only read"
+    with pytest.raises(RuntimeError, match="launch failed"):
+        lite_attention(*inputs, masks, threshold=-4.0, backend="triton", computed=computed)
+    assert all(m.density() == 1 and m.passes == [0] for m in masks)
+    assert computed.item() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_masks_do_not_depend_on_the_compute_tile(device, dtype):
+BLOCKS = [(128, 128, 1), (128, 64, 3), (128, 32, 1), (64, 64, 3), (64, 128, 3), (32, 16, 3)]
+
+
+@pytest.mark.parametrize("n_q, n_k, dtype, threshold, blocks", [
+    (300, 300, torch.float16, -3.0, BLOCKS),
+    (300, 300, torch.float32, 0.0, BLOCKS[:5]),
+    (100, 33 * 128 + 10, torch.float16, -3.0, BLOCKS[:2] + BLOCKS[3:4]),
+], ids=["fp16", "fp32 threshold 0", "two words"])
+def test_masks_do_not_depend_on_the_compute_tile(device, n_q, n_k, dtype, threshold, blocks):
     """BLOCK_M, BLOCK_N and the recording form change the launch, not one decision."""
     pytest.importorskip("triton", reason="Triton is not installed on this system")
     from liteattention.kernels.launch import LaunchConfig
     from liteattention.kernels.triton_attention import triton_attention
 
-    inputs = [x.to(device) for x in oracle.make(1, 1, 300, 300, 64, dtype)]
+    inputs = [x.to(device) for x in oracle.make(1, 1, n_q, n_k, 64, dtype)]
+    start = SkipMask.from_bool(oracle.holes(1, 1, n_q, n_k, 0.8), n_q, n_k).to(device)
     found = []
-    for block_m, block_n, record in ((128, 128, 1), (128, 64, 3), (128, 32, 1), (64, 64, 3), (64, 128, 3)):
-        mask = SkipMask.full(1, 1, 300, device=device)
+    for block_m, block_n, record in blocks:
+        mask = start.clone()
         out = torch.empty_like(inputs[0])
-        triton_attention(*inputs, out, None, [(mask, 0)], [False], -3.0, True, None, 0.125, Workspace(), None,
+        triton_attention(*inputs, out, None, [(mask, 0)], [False], threshold, True, None, 0.125, Workspace(), None,
                          LaunchConfig(block_m, block_n, 8, 2, record))
         found.append((out, mask.words))
-    assert SkipMask(found[0][1], 300, 300).density() < 1
-    for out, words in found[1:]:
-        assert torch.equal(words, found[0][1])
+    expected = oracle.attention(*(x.cpu() for x in inputs), start.to_bool().cpu(), threshold)
+    assert expected.margin.min() > 2e-3, "choose another seed: a decision is too close to call"
+    assert expected.keep.sum() < start.active_tiles()
+    for out, words in found:
+        assert torch.equal(SkipMask(words, n_q, n_k).to_bool().cpu(), expected.keep)
         assert (out - found[0][0]).abs().max() < 2e-3
-
-
-def test_offsets_beyond_two_to_the_31_elements(backend, device):
-    """A token stride of 2^23 elements puts whole key tiles beyond 2^31. Only the touched pages are ever committed."""
-    n, stride = 400, 2**23
-    if device.type == "cuda" and backend == "triton" and torch.cuda.mem_get_info()[0] < 2 * n * stride * 1.2:
-        pytest.skip("needs 8 GB of GPU memory")
-    place = device if backend == "triton" else torch.device("cpu")
-    small = [x.to(place) for x in oracle.make(1, 1, n, n, 64, F16)]
-    memory = torch.empty(n * stride, dtype=F16, device=place)
-    far = []
-    for i, x in enumerate(small):
-        view = memory.as_strided((1, 1, n, 64), (n * stride, 64, stride, 1), i * 64)
-        view.copy_(x)
-        far.append(view)
-    masks = [SkipMask.full(1, 1, n, device=place) for _ in range(2)]
-    near_out, far_out = (lite_attention(*x, m, threshold=-4.0, backend=backend)
-                         for x, m in zip((small, far), masks, strict=True))
-    assert torch.equal(near_out, far_out) and torch.equal(masks[0].words, masks[1].words)
-    assert masks[0].density() < 1

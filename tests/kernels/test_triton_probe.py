@@ -34,6 +34,18 @@ def test_a_verdict_is_reached_once_per_machine(tmp_path, verdict):
     assert cached_verdict([*IDENTITY, "newer driver"], "cuda:0", tmp_path / "new", Child(YES)) == YES
 
 
+def test_a_refusal_is_tried_again_a_day_later(tmp_path, monkeypatch):
+    child = Child(NO, YES)
+    assert cached_verdict(IDENTITY, "cuda:0", tmp_path, child) == NO
+    now = triton_probe.time.time()
+    monkeypatch.setattr(triton_probe.time, "time", lambda: now + 23 * 3600)
+    assert cached_verdict(IDENTITY, "cuda:0", tmp_path, child) == NO
+    monkeypatch.setattr(triton_probe.time, "time", lambda: now + 25 * 3600)
+    assert cached_verdict(IDENTITY, "cuda:0", tmp_path, child) == YES and child.asked == 2
+    monkeypatch.setattr(triton_probe.time, "time", lambda: now + 900 * 3600)
+    assert cached_verdict(IDENTITY, "cuda:0", tmp_path, child) == YES and child.asked == 2
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"usable": true}', b"\xff\xfe"])
 def test_a_damaged_cache_costs_one_more_test(tmp_path, content):
     cached_verdict(IDENTITY, "cuda:0", tmp_path, Child(NO))
@@ -116,3 +128,56 @@ def test_devices_that_triton_does_not_know(monkeypatch):
     assert "does not run on mps" in triton_probe.triton_verdict(torch.device("mps")).reason
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "only in its interpreter" in triton_probe.triton_verdict(torch.device("cpu")).reason
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is not there: what the probe asks about it, and a child that must not be needed."""
+    class Properties:
+        name, major, minor = "GeForce RTX 2080", 7, 5
+
+    def no_child(device):
+        raise AssertionError("a child process was started")
+
+    triton_probe._device_verdict.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(triton_probe, "run_selftest", no_child)
+    monkeypatch.setattr(triton_probe.importlib.util, "find_spec", lambda name: object())
+    yield monkeypatch
+    triton_probe._device_verdict.cache_clear()
+
+
+def test_gpus_older_than_the_kernels_are_told_so(gpu):
+    verdict = triton_probe.triton_verdict(torch.device("cuda:0"))
+    assert not verdict.usable and "GeForce RTX 2080 (sm_75) is older than sm_80" in verdict.reason
+
+
+def test_a_gpu_without_triton_gets_the_hint(gpu):
+    gpu.setattr(triton_probe.importlib.util, "find_spec", lambda name: None)
+    assert triton_probe.triton_verdict(torch.device("cuda:0")) == TritonVerdict(False, install_hint())
+
+
+def test_a_new_gpu_is_asked_once_per_process_and_machine(gpu, tmp_path):
+    """By a child process on that device; another process of the same machine reads the file."""
+    child = Child(YES)
+    gpu.setattr(torch.cuda.get_device_properties(0), "major", 8)
+    gpu.setattr(triton_probe, "run_selftest", child)
+    gpu.setenv("LITEATTENTION_CACHE", str(tmp_path))
+    for _ in range(2):
+        assert triton_probe.triton_verdict(torch.device("cuda:0")) == YES
+    triton_probe._device_verdict.cache_clear()
+    assert triton_probe.triton_verdict(torch.device("cuda:0")) == YES and child.asked == 1
+    file, = tmp_path.iterdir()
+    identity = json.loads(file.read_text())["identity"]
+    assert identity[0] == "GeForce RTX 2080" and torch.__version__ in identity
+
+
+@pytest.mark.parametrize("system, variable", [("Windows", "LOCALAPPDATA"), ("Linux", "XDG_CACHE_HOME")])
+def test_verdicts_lie_in_the_users_cache(monkeypatch, tmp_path, system, variable):
+    monkeypatch.delenv("LITEATTENTION_CACHE", raising=False)
+    monkeypatch.setattr(triton_probe.platform, "system", lambda: system)
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert triton_probe.user_cache_dir() == tmp_path / "comfyui-liteattention"
+    monkeypatch.setenv("LITEATTENTION_CACHE", str(tmp_path / "mine"))
+    assert triton_probe.user_cache_dir() == tmp_path / "mine"
