@@ -105,11 +105,11 @@ class Evaluation:
             return None, policy.OVER_STATE_LIMIT
         try:
             masks = session.masks.masks(key, self.rows, call.heads, call.seqlen_q, call.head_dim, call.q.dtype)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not policy.is_out_of_memory(error):
-                raise
-            session.note(f"no memory for the skip mask of layer {layer}; it stays dense")
-            return None, policy.NO_MEMORY
+        except Exception as error:
+            if policy.is_out_of_memory(error):
+                session.note(f"no memory for the skip mask of layer {layer}; it stays dense")
+                return None, policy.NO_MEMORY
+            return None, self._give_up(key, error)
         for line in session.masks.restarts[:]:
             session.masks.restarts.remove(line)
             session.note(f"starting fresh: layer {line}")
@@ -144,11 +144,15 @@ class Evaluation:
             session.masks.forget(key)
             if policy.is_out_of_memory(error):
                 raise
-            session.failed = True
-            session.note(f"the kernel failed at layer {key.name} and is not tried again in this run; attention goes "
-                         f"on as it was before. {type(error).__name__}: {str(error)[:300]}")
-            return None, policy.KERNEL_FAILED
+            return None, self._give_up(key, error)
         return call.restore(out), None
+
+    def _give_up(self, key: LayerKey, error: Exception) -> str:
+        """Leave every further call of the run to the previous attention, and say why."""
+        self.session.failed = True
+        self.session.note(f"the kernel failed at layer {key.name} and is not tried again in this run; attention goes "
+                          f"on as it was before. {type(error).__name__}: {str(error)[:300]}")
+        return policy.KERNEL_FAILED
 
     def _clock(self, call: AttentionCall) -> float:
         """Seconds, after the device has caught up; 0 unless details are logged."""

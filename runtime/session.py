@@ -102,7 +102,8 @@ class Session:
             if name == "torch" and device.type != "cpu" and not choice.asked:
                 name = None
             reason = choice.reason
-        except ValueError as error:
+        except Exception as error:
+            # A wrong environment variable, a driver that answers with an error: no reason to lose a render.
             name, reason = None, str(error)
         if name is None:
             self.note(f"attention stays as it was on {device}. {reason}")
@@ -126,7 +127,11 @@ class Session:
     def close(self) -> Receipt:
         """Free everything and give the run's account. Safe to call again."""
         if self._receipt is None:
-            self.statistics.end_step(self.step)
+            try:
+                self.statistics.end_step(self.step)
+            except RuntimeError as error:
+                # After an error on the device its counters cannot be read; the memory is freed all the same.
+                log.warning("LiteAttention: the books of the last step are lost: %s", error)
             self._receipt = self._account()
             self.masks.close()
             self.statistics.close()

@@ -12,7 +12,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-
 # A busy machine is no failure: no example has to be done within a time.
 settings.register_profile("kernels", deadline=None)
 settings.load_profile("kernels")
@@ -22,15 +21,6 @@ def pytest_configure(config):
     # The interpreter is numpy underneath; NaN and Inf planted by tests make it warn.
     for category in ("RuntimeWarning", "DeprecationWarning"):
         config.addinivalue_line("filterwarnings", f"ignore::{category}:triton.runtime.interpreter")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """The tensors are tiny: on a busy machine torch's threads wait for each other, up to a hundred times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,32 @@ def test_out_of_memory_for_a_mask_leaves_the_layer_dense(monkeypatch):
     assert run.close().left == {policy.NO_MEMORY: 2}
 
 
+def test_any_other_trouble_with_a_mask_ends_no_render(monkeypatch):
+    run, previous = session(total=4), Previous()
+
+    def full(*args, **kwargs):
+        raise ValueError("seqlen_k is 5000000")
+
+    monkeypatch.setattr(SkipMask, "full", full)
+    outs = forward(run, 0, previous=previous)
+    assert torch.equal(outs[0], dense(*tokens(0))) and previous.calls == 2
+    receipt = run.close()
+    assert receipt.left == {policy.KERNEL_FAILED: 2} and "5000000" in receipt.notes[0]
+
+
+def test_a_backend_that_cannot_be_asked_ends_no_render(monkeypatch):
+    from liteattention.runtime import session as module
+
+    def resolve(device):
+        raise RuntimeError("CUDA driver error")
+
+    monkeypatch.setattr(module, "resolve_backend", resolve)
+    run = session(total=4)
+    forward(run, 0)
+    receipt = run.close()
+    assert receipt.left == {policy.NO_BACKEND: 2} and "CUDA driver error" in receipt.notes[0]
+
+
 def test_out_of_memory_in_the_kernel_is_the_hosts_business(monkeypatch):
     run = session(total=4)
 
@@ -243,6 +269,17 @@ def test_closing_frees_every_tensor_and_can_be_repeated():
     receipt = run.close()
     gc.collect()
     assert all(m() is None for m in masks) and run.close() is receipt
+
+
+def test_memory_is_freed_even_if_the_device_no_longer_answers(monkeypatch):
+    run = session(total=4)
+    forward(run, 0)
+
+    def end_step(step):
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(run.statistics, "end_step", end_step)
+    assert run.close().taken == 2 and not run.masks.all_masks()
 
 
 def test_no_calls_at_all_is_explained():
