@@ -38,6 +38,9 @@ def unsupported_call(q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = Non
             return no(f"{name}.dtype", x.dtype, f"the dtype of q, {q.dtype}", "q, k, v differ in dtype")
         if x.device != q.device:
             return no(f"{name}.device", x.device, f"the device of q, {q.device}", "q, k, v on different devices")
+        if x.requires_grad and torch.is_grad_enabled():
+            return no(f"{name}.requires_grad", True, "False, or torch.no_grad(): there is no backward pass",
+                      "gradients wanted")
         if x.dim() != (4 if heads is None else 3):
             return no(f"{name}.shape", list(x.shape), "[B, H, N, D], or [B, N, H*D] with heads=H",
                       "layout not supported")
@@ -88,12 +91,14 @@ def lite_attention(
     * Tiles under `must_keep` stay. The mask only shrinks until `SkipMask.reset`.
     * threshold = -inf never drops and never counts as a recording pass: with every bit active the result is that
       of `mask=None` bit for bit.
-    * NaN and Inf in q, k, v come out as in dense attention over the computed tiles; a row whose scores hold NaN
-      or +Inf votes to keep every tile from there on.
+    * NaN and Inf in q, k, v come out as in dense attention over the computed tiles (where a weight has underflowed
+      to 0, Inf in v comes out as NaN or not at all, as it does in dense attention of that dtype); a row whose scores
+      hold NaN or +Inf votes to keep every tile from there on, and so does one that has met nothing but -Inf.
     * A query tile without any active tile gives 0 (lse -inf).
 
     Args:
-        q: [B, H, N_q, D] with any strides and a unit last one, or packed [B, N_q, H*D] with `heads`.
+        q: [B, H, N_q, D] with any strides (of tokens: below 2^24 elements) and a unit last one, or packed
+           [B, N_q, H*D] with `heads`.
            float16, bfloat16 or float32; D is 64, 96 or 128. Never copied.
         k, v: the same layout, dtype and device with N_k keys.
         mask: one `SkipMask` of batch B, or B masks of batch 1 (one per batch row, so that rows can be batched

@@ -133,6 +133,16 @@ def test_one_mask_row_cannot_serve_two_batch_rows():
     assert mask.density() == 1 and mask.passes == [0]
 
 
+def test_calls_that_want_gradients_are_refused_and_others_of_the_same_tensors_are_not():
+    q, k, v = qkv()
+    v.requires_grad_()
+    with pytest.raises(UnsupportedAttention, match="v.requires_grad is True") as caught:
+        lite_attention(q, k, v)
+    assert caught.value.reason == "gradients wanted"
+    with torch.no_grad():
+        assert lite_attention(q, k, v).isfinite().all()
+
+
 @pytest.mark.parametrize("threshold", [math.nan, 0.5, math.inf])
 def test_impossible_thresholds(threshold):
     mask = SkipMask.full(1, 2, 300)
