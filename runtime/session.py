@@ -47,7 +47,7 @@ class Session:
         self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps)
         self.dense_blocks = parse_blocks(config.dense_blocks)
         self.masks = MaskTable(config.max_state_mb * MB, allocating)
-        self.statistics = Statistics()
+        self.statistics = Statistics(allocating)
         self.step = 0
         self.failed = False
         self._on_step = on_step

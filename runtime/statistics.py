@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -108,9 +109,12 @@ class Statistics:
     """Counts of a run. Computed tiles are summed on their device and read once per step.
 
     Locked, because several devices may report at once.
+
+    Args:
+        allocating: context manager to hold around allocations (see `Workspace`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocating: Callable[[], AbstractContextManager] = nullcontext) -> None:
         self.left: Counter[str] = Counter()
         self.taken = 0
         self.tokens = 0
@@ -121,6 +125,7 @@ class Statistics:
         self._evaluations: set[Hashable] = set()
         self._counters: dict[torch.device, Tensor] = {}
         self._lock = threading.Lock()
+        self._allocating = allocating
         self._open = [0, 0]
 
     @property
@@ -132,7 +137,7 @@ class Statistics:
         """int64 [1] on `device`, to which calls add the tiles they computed."""
         with self._lock:
             if device not in self._counters:
-                with torch.inference_mode(False):
+                with self._allocating(), torch.inference_mode(False):
                     self._counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
             return self._counters[device]
 

@@ -1,6 +1,7 @@
 """Runs that end early, runs in a row, memory that is gone afterwards."""
 
 import gc
+import sys
 import weakref
 
 import comfy.model_management
@@ -94,20 +95,26 @@ def test_out_of_memory_inside_the_kernel_is_raised_and_cleaned_up(kit, words, mo
     assert torch.equal(kit.sample(model), alone)
 
 
-def test_out_of_memory_while_the_model_loads(kit, sessions):
+@pytest.mark.parametrize("where", ["prepare_sampling", "on_load"])
+def test_out_of_memory_while_the_model_loads(kit, sessions, where):
     """ComfyUI calls no clean-up callback then; the run is closed all the same."""
-    import comfy.patcher_extension
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-    def load(executor, *args, **kwargs):
+    def load(*args, **kwargs):
         raise torch.OutOfMemoryError("loading")
 
     model = kit.lite()
     broken = model.clone()
-    broken.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, "test", load)
+    if where == "on_load":
+        broken.add_callback_with_key(CallbacksMP.ON_LOAD, "test", load)
+        comfy.model_management.unload_all_models()
+    else:
+        broken.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "test", load)
     with pytest.raises(torch.OutOfMemoryError):
         kit.sample(broken)
-    assert sessions[0]._receipt is not None
-    assert torch.isfinite(kit.sample(model)).all()
+    assert len(sessions) == 1 and sessions[0]._receipt is not None and sessions[0]._receipt.steps_done == 0
+    comfy.model_management.unload_all_models()
+    assert torch.isfinite(kit.sample(model)).all() and len(sessions) == 2
 
 
 def test_a_kernel_failure_does_not_end_the_render(kit, monkeypatch, caplog):
@@ -124,6 +131,37 @@ def test_a_kernel_failure_does_not_end_the_render(kit, monkeypatch, caplog):
     assert caplog.text.count("no kernel image is available") == 1
     kit.sample(model)
     assert handle.receipt.taken == 4 * LAYERS, "the next run tries again"
+
+
+def test_a_kernel_that_fails_in_mid_run_hands_over_at_that_very_call(kit, monkeypatch):
+    """From there on the run is what the attention patched before makes of it, bit by bit."""
+    attention, taken = evaluation.lite_attention, []
+
+    def failing(*args, **kwargs):
+        taken.append(1)
+        if len(taken) == 12:
+            raise RuntimeError("an illegal instruction was encountered")
+        return attention(*args, **kwargs)
+
+    handle = RunHandle()
+    model = kit.lite(handle=handle)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "lite_attention", failing)
+        out = kit.sample(model)
+    receipt = handle.receipt
+    assert len(taken) == 12 and receipt.taken == 11
+    assert receipt.left == {"cross-attention": 4 * LAYERS, "the kernel failed in this run": 4 * LAYERS - 11}
+    assert len(receipt.notes) == 1 and "RuntimeError: an illegal instruction" in receipt.notes[0]
+
+    ours, calls = model.model_options["transformer_options"]["optimized_attention_override"], []
+
+    def until_then(func, q, k, *args, **kwargs):
+        calls.append(q.shape == k.shape)
+        return (func if calls[-1] and sum(calls) > 11 else lambda *a, **b: ours(func, *a, **b))(q, k, *args, **kwargs)
+
+    expected = model.clone()
+    expected.model_options["transformer_options"]["optimized_attention_override"] = until_then
+    assert torch.equal(out, kit.sample(expected)) and not torch.equal(out, kit.sample(model))
 
 
 def test_no_memory_for_masks(kit, monkeypatch):
@@ -167,25 +205,34 @@ def test_a_reused_guider_starts_afresh(kit, sessions):
 
 
 def test_the_state_limit_keeps_the_layers_that_skip_most(kit, sessions, monkeypatch):
-    handle = RunHandle()
     one = SkipMask.full(1, 2, 700).nbytes
-    from liteattention.runtime import Session
+    limit = 2 * 2 * one  # two layers, each with a mask for both conditionings
+    recorded = {}
 
-    original = Session.__init__
+    def first_step(step, *args):
+        if step == 0:
+            for key, rows in sessions[0].masks.all_masks().items():
+                recorded[key.name] = sum(int(mask.active_tiles()) for mask in rows.values())
 
-    def limited(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.masks.limit_bytes = 3 * 2 * one
+    kit.sample(kit.lite(threshold=-0.5), callback=first_step)
+    ranked = sorted(recorded, key=recorded.get)
+    skip_least = ranked[2:]
+    assert recorded[ranked[1]] < recorded[ranked[2]] and len(ranked) == LAYERS, "there is one choice"
 
-    monkeypatch.setattr(Session, "__init__", limited)
-    kit.sample(kit.lite(handle=handle))
+    held = []
+
+    def limited(step, *args):
+        held.append(sessions[1].masks.nbytes)
+
+    # max_state_mb is at least 16, a thousand times what this model needs.
+    monkeypatch.setattr(sys.modules["liteattention.runtime.session"], "MB", limit / 16)
+    handle = RunHandle()
+    kit.sample(kit.lite(handle=handle, threshold=-0.5, max_state_mb=16), callback=limited)
     receipt = handle.receipt
-    assert len(receipt.dense_layers) == 2 and all(name in receipt.text() for name in receipt.dense_layers)
-    assert receipt.left["over max_state_mb"] == 3 * 2
-    assert receipt.state_bytes <= 4 * 2 * one, "one layer over while it is being recorded"
-    kit.sample(kit.lite())
-    kept = {key.name for key, _ in sessions[0].passes}
-    free = {}
-    for (key, _), bits in sessions[1].bits.items():
-        free.setdefault(key.name, []).append(bits.float().mean().item())
-    assert len(kept) == 3 and kept.isdisjoint(receipt.dense_layers)
+    assert sessions[1].masks.limit_bytes == limit
+    assert receipt.dense_layers == sorted(skip_least)
+    assert all(name in receipt.text() for name in skip_least)
+    assert held == [limit] * 4, "from the end of the first evaluation on"
+    assert receipt.state_bytes <= limit + 2 * one, "one layer over while it is being recorded"
+    assert receipt.left["over max_state_mb"] == 3 * 3
+    assert {key.name for key, _ in sessions[1].passes} == set(recorded) - set(skip_least)

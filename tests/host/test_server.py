@@ -43,8 +43,9 @@ def prompt():
 
 def loaded(server):
     """Whether the log lists the pack among the imported ones; ComfyUI's own extras may lack a dependency."""
-    mentions = [line for line in server.log().splitlines() if "ComfyUI-LiteAttention" in line]
-    return bool(mentions) and not any("FAILED" in line or "Cannot import" in line for line in mentions)
+    mentions = [line for line in server.log().splitlines() if "LiteAttention" in line]
+    complaints = ("FAILED", "Cannot import", "  File ", "WARNING", "ERROR")
+    return bool(mentions) and not any(word in line for line in mentions for word in complaints)
 
 
 def without_node(prompt):
@@ -61,6 +62,9 @@ def latent(server, prompt, seed=None):
     if seed is not None:
         prompt["6"]["inputs"]["seed"] = seed
     outputs = server.run(prompt, timeout_s=120)
+    if "9" in outputs:
+        picture, = outputs["9"]["images"]
+        assert server.output_file(picture).stat().st_size > 0
     return load_file(server.output_file(outputs["7"]["latents"][0]))["latent_tensor"]
 
 
@@ -80,6 +84,20 @@ def test_the_node_is_what_saved_workflows_expect(server):
         assert {k: found.get(k) for k in options} == options, name
         assert len(found["tooltip"]) > 40, name
     assert {"sparse attention", "speed up", "wan", "video"} <= set(node["search_aliases"])
+
+
+def test_tooltips_name_the_defaults_that_are_there(server):
+    """Help text and number are edited in two places."""
+    node = server.get("/object_info/LiteAttention")["LiteAttention"]
+    inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    named = {name: re.findall(r"(-?[\d.]*\d): the default", options["tooltip"])
+             for name, (_, options) in inputs.items()}
+    assert named.pop("threshold") == ["-10"] and not any(named.values())
+    assert "never more than a quarter" in inputs["warmup_steps"][1]["tooltip"].lower()
+    from liteattention.runtime.policy import AUTO_MIN_TOKENS, AUTO_MIN_TOKENS_DEFAULT
+
+    said = re.findall(r"(\d+) on a (CPU|GPU)", inputs["min_tokens"][1]["tooltip"])
+    assert said == [(str(AUTO_MIN_TOKENS["cpu"]), "CPU"), (str(AUTO_MIN_TOKENS_DEFAULT), "GPU")]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda p: p.stem)
@@ -164,8 +182,9 @@ def test_interrupt_in_mid_run_then_a_clean_prompt(server, prompt):
 
 
 def test_without_triton_the_pack_loads_and_the_workflow_completes(tmp_path, prompt):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['triton'] = None\nprint('triton is out of reach', flush=True)\n")
     with ComfyServer(COMFY, environment={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}) as blocked:
-        assert loaded(blocked)
+        assert "triton is out of reach" in blocked.log() and loaded(blocked)
         latent(blocked, prompt)
         assert blocked.receipts()[-1]["taken"] == 20

@@ -1,0 +1,93 @@
+"""ComfyUI's multi-GPU workers: conditionings evaluated at the same time, in threads, each by its own network."""
+
+import threading
+
+import comfy.model_management
+import comfy.patcher_extension
+import pytest
+import torch
+from host_kit import LAYERS, Kit
+
+from liteattention.runtime import RunHandle, evaluation
+
+multigpu = pytest.importorskip("comfy.multigpu", reason="this ComfyUI has no multi-GPU workers")
+DEVICES = [torch.device("cpu"), torch.device("cpu", 0)]
+"""One device under two names: ComfyUI sees two, the tensors are where they are."""
+
+
+@pytest.fixture(scope="module")
+def other(model_folder):
+    """The same model once more, as ComfyUI loads it for a second device."""
+    model = Kit(model_folder).model
+    comfy.model_management.load_models_gpu([model])
+    model.pre_run()
+    return model
+
+
+@pytest.fixture
+def workers(other):
+    """Makes a patched model run like with the MultiGPU node: two networks, each in a thread."""
+    pools = []
+
+    def spread(model):
+        def sampler_sample(executor, guider, sigmas, extra_args, *args, **kwargs):
+            pools.append(multigpu.MultiGPUThreadPool(DEVICES))
+            clones = dict(zip(DEVICES, [guider.model_patcher, other], strict=True))
+            extra_args["model_options"] |= {"multigpu_clones": clones, "multigpu_thread_pool": pools[-1]}
+            return executor(guider, sigmas, extra_args, *args, **kwargs)
+
+        spread_model = model.clone()
+        spread_model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "test", sampler_sample)
+        return spread_model
+
+    yield spread
+    for pool in pools:
+        pool.shutdown()
+
+
+def test_workers_share_a_run_and_no_mask(kit, workers, sessions, monkeypatch):
+    """Split by conditioning the run gives what it gives in one thread; masks are made in the workers."""
+    attention, threads = evaluation.lite_attention, set()
+
+    def watched(*args, **kwargs):
+        threads.add(threading.current_thread())
+        assert not torch.is_inference_mode_enabled()
+        return attention(*args, **kwargs)
+
+    together = kit.sample(kit.lite(), batch=2)
+    monkeypatch.setattr(evaluation, "lite_attention", watched)
+    handle = RunHandle()
+    apart = kit.sample(workers(kit.lite(handle=handle)), batch=2)
+    assert len(threads) == 2 and threading.main_thread() not in threads
+    assert (apart - together).abs().max() < 1e-4
+    receipt = handle.receipt
+    assert receipt.evaluations == 2 * 4 and receipt.taken == 2 * 4 * LAYERS and receipt.skipped > 0
+    assert receipt.left == {"cross-attention": receipt.taken} and not receipt.notes
+    assert set(sessions[1].passes.values()) == {4} and len({key.model for key, _ in sessions[1].passes}) == 2
+
+    def by_row(session):
+        return {(key.name, *row[1:]): bits for (key, row), bits in session.bits.items()}
+
+    one, many = by_row(sessions[0]), by_row(sessions[1])
+    assert one.keys() == many.keys() and len(one) == 4 * LAYERS
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    assert receipt.skipped == pytest.approx(sessions[0].close().skipped, abs=1e-9)
+
+
+def test_an_interrupt_in_a_worker_ends_the_run_clean(kit, workers, sessions):
+    alone = kit.sample(kit.lite())
+    calls = []
+
+    def stopping(func, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 25:
+            raise comfy.model_management.InterruptProcessingException()
+        return func(*args, **kwargs)
+
+    base = kit.model.clone()
+    base.model_options["transformer_options"]["optimized_attention_override"] = stopping
+    model = kit.lite(base)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        kit.sample(workers(model))
+    assert not sessions[-1].masks.all_masks() and sessions[-1].close().steps_done == 2
+    assert torch.equal(kit.sample(model), alone)
