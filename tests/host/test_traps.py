@@ -61,7 +61,8 @@ def test_everything_is_passed_on_when_a_call_is_left(driven):
                     **given) == "previous"
     (args, kwargs), = backend.calls
     assert args == (q, k, v, HEADS)
-    assert kwargs == {**given, "mask": mask, "attn_precision": "p", "skip_reshape": False, "skip_output_reshape": True}
+    assert kwargs == {**given, "mask": mask, "attn_precision": "p", "skip_reshape": False,
+                      "skip_output_reshape": True}
 
 
 def test_a_wrapped_backend_does_not_come_back_to_us(driven):
@@ -276,7 +277,8 @@ def test_tokens_of_a_latent(shape, patch, modalities, tokens):
 
 
 def test_layer_and_row_names():
-    assert model_call.layer_id({"block_index": 3, "block_type": "single", "total_blocks": 9}) == LayerId("single", 3, 9)
+    named = {"block_index": 3, "block_type": "single", "total_blocks": 9}
+    assert model_call.layer_id(named) == LayerId("single", 3, 9)
     assert model_call.layer_id({"block_index": 3}) == LayerId("block", 3, None)
     assert model_call.layer_id({}) is None
     assert str(LayerId("single", 0)) != str(LayerId("double", 0)), "both stacks count from 0"
