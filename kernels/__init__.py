@@ -3,11 +3,13 @@
 from .api import DTYPES, HEAD_DIMS, call_tiles, lite_attention, unsupported_call
 from .backends import BACKENDS, BackendChoice, choose_backend, resolve_backend
 from .errors import UnsupportedAttention
+from .launch import break_even_density
 from .mask import TILE, MustKeep, SkipMask, mask_nbytes, mask_shape, tiles
+from .precision import PRECISIONS, PrecisionChoice, precision_choice
 from .workspace import Workspace
 
 __all__ = [
-    "BACKENDS", "DTYPES", "HEAD_DIMS", "TILE", "MustKeep", "SkipMask", "UnsupportedAttention", "Workspace",
-    "BackendChoice", "call_tiles", "choose_backend", "lite_attention", "mask_nbytes", "mask_shape", "resolve_backend",
-    "tiles", "unsupported_call",
+    "BACKENDS", "DTYPES", "HEAD_DIMS", "PRECISIONS", "TILE", "BackendChoice", "MustKeep", "PrecisionChoice", "SkipMask",
+    "UnsupportedAttention", "Workspace", "break_even_density", "call_tiles", "choose_backend", "lite_attention",
+    "mask_nbytes", "mask_shape", "precision_choice", "resolve_backend", "tiles", "unsupported_call",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from .backends import choose_backend
 from .errors import UnsupportedAttention
 from .mask import TILE, MustKeep, SkipMask, tiles
+from .precision import precision_choice
 from .workspace import Workspace
 
 HEAD_DIMS = (64, 96, 128)
@@ -68,9 +69,9 @@ def unsupported_call(q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = Non
 
 def lite_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: SkipMask | Sequence[SkipMask] | None = None, *,
-    threshold: float = -math.inf, record: bool = True, must_keep: MustKeep | None = None,
+    threshold: float = -math.inf, record: bool = True, skip_now: bool = False, must_keep: MustKeep | None = None,
     heads: int | None = None, attn_mask: Tensor | None = None, sm_scale: float | None = None,
-    return_lse: bool = False, backend: str | None = None, workspace: Workspace | None = None,
+    return_lse: bool = False, precision: str = "full", backend: str | None = None, workspace: Workspace | None = None,
     computed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the tiles that the skip mask still keeps.
@@ -87,7 +88,8 @@ def lite_attention(
           (max over the tile's keys of q·k  -  reference) * sm_scale * log2(e) > threshold
 
       where reference is the row's running maximum of q·k over the tiles visited *before* this one (-inf before
-      the first, which therefore stays). The decision is used from the next call on; this call computes the tile.
+      the first, which therefore stays). The decision is used from the next call on; this call computes the tile
+      (but see `skip_now`).
     * Tiles under `must_keep` stay. The mask only shrinks until `SkipMask.reset`.
     * threshold = -inf never drops and never counts as a recording pass: with every bit active the result is that
       of `mask=None` bit for bit.
@@ -105,12 +107,19 @@ def lite_attention(
             differently from call to call), or None for dense. Rewritten in place while recording.
         threshold: log2, -inf..0. -10 drops tiles whose every weight is under 1/1024 of the row's strongest so far.
         record: False reads the mask and leaves it as it is.
+        skip_now: while recording, the backend may leave exp and P·V of what this call drops out of this call, too (the
+            error is that of the next call). Taken where it is a gain, not under `must_keep`; decisions are the same.
         must_keep: token ranges whose tiles stay.
         sm_scale: factor on q·k before softmax, default D ** -0.5.
         return_lse: also return the natural-log log-sum-exp of the scaled scores over the computed tiles.
+        precision: "full", "int8" or "auto" (see `precision_choice`). INT8 computes q·k from INT8 copies of q and k with
+            a scale per 128 tokens, skips with a threshold lower by `INT8_GUARD`, and on GeForce architectures sums
+            P·V in float16. There a NaN or Inf in q makes the results of its tile NaN, one in k those of its head.
+            With `return_lse`, and where the GPU has no fast INT8, the call is computed in full precision.
         backend: "triton", "torch", or None / "auto" (see `choose_backend`). A named backend never falls back.
         workspace: scratch memory to reuse between calls; without one it is allocated per call.
-        computed: int64 tensor of one element on q's device; the number of tiles computed is added to it.
+        computed: contiguous int64 tensor on q's device of any number of elements; the number of tiles computed is added
+            to them, spread so that their sum is what counts.
 
     Returns:
         Output with the layout, shape and dtype of q (a [B, H, N, D] result has [B, N, H, D] memory, so that its
@@ -118,7 +127,8 @@ def lite_attention(
 
     Raises:
         UnsupportedAttention: the call cannot be served; names the argument. Nothing was written.
-        ValueError: threshold, must_keep or backend makes no sense.
+        ValueError: threshold, must_keep, precision or backend makes no sense.
+        torch.OutOfMemoryError: also for INT8's copies of q, k, v; then nothing was written.
     """
     problem = unsupported_call(q, k, v, heads=heads, attn_mask=attn_mask, sm_scale=sm_scale)
     if problem is not None:
@@ -126,15 +136,11 @@ def lite_attention(
     if math.isnan(threshold) or threshold > 0:
         raise ValueError(f"threshold is {threshold}; it is a log2 value from -inf to 0")
     if heads is not None:
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
     if must_keep is not None:
         must_keep.check(q.shape[2], k.shape[2])
     rows = _mask_rows(mask, q, k)
     chosen = choose_backend(q.device, backend)
-    if chosen == "triton":
-        from .triton_attention import triton_attention as run
-    else:
-        from .torch_attention import torch_attention as run
     batch, n_heads, seqlen_q, head_dim = q.shape
     out = torch.empty(batch, seqlen_q, n_heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(batch, n_heads, seqlen_q, dtype=torch.float32, device=q.device) if return_lse else None
@@ -144,8 +150,17 @@ def lite_attention(
     backwards = None
     if rows is not None:
         backwards = [bool(m.passes[r] & 1) and threshold > -math.inf for m, r in rows]
-    run(q, k, v, out, lse, rows, backwards, float(threshold), recording, must_keep,
-        head_dim ** -0.5 if sm_scale is None else float(sm_scale), workspace or Workspace(), computed)
+    arguments = (q, k, v, out, lse, rows, backwards, float(threshold), recording, must_keep,
+                 head_dim ** -0.5 if sm_scale is None else float(sm_scale), workspace or Workspace(), computed)
+    choice = precision_choice(q.device, head_dim, q.dtype, k.shape[2], precision, chosen)
+    if chosen == "triton":
+        from .triton_call import triton_attention
+
+        triton_attention(*arguments, int8=choice.name == "int8" and not return_lse, skip_now=skip_now)
+    else:
+        from .torch_attention import torch_attention
+
+        torch_attention(*arguments)
     if recording:
         for m, r in rows:
             m.passes[r] += 1
@@ -161,15 +176,17 @@ def _mask_rows(mask: SkipMask | Sequence[SkipMask] | None, q: Tensor, k: Tensor)
     if len(rows) != q.shape[0]:
         raise UnsupportedAttention("mask", f"{len(rows)} rows", f"the batch of q, {q.shape[0]} rows",
                                    "mask for another shape")
-    if len({(id(m), r) for m, r in rows}) != len(rows):
+    if len(set(map(id, masks))) != len(masks):
         raise UnsupportedAttention("mask", "the same mask for several batch rows", "one mask row per batch row",
                                    "mask row used twice")
+    needed = q.shape[1], q.shape[2], k.shape[2]
+    device = q.device
     for m in masks:
-        if (m.heads, m.seqlen_q, m.seqlen_k) != (q.shape[1], q.shape[2], k.shape[2]):
+        if (m.heads, m.seqlen_q, m.seqlen_k) != needed:
             raise UnsupportedAttention(
                 "mask", f"{m.heads} heads, {m.seqlen_q} x {m.seqlen_k} tokens",
                 f"{q.shape[1]} heads, {q.shape[2]} x {k.shape[2]} tokens as in q and k", "mask for another shape")
-        if m.device != q.device:
+        if m.device != device:
             raise UnsupportedAttention("mask.device", m.device, f"the device of q, {q.device}",
                                        "mask on another device")
     return rows

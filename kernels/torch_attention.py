@@ -46,7 +46,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
     for group in _groups(lists, seqlen_q, q.device):
         _attend(q, k, v, out, lse, group, threshold * math.log(2), sm_scale, keep)
     if computed is not None:
-        computed += int(active.sum())
+        computed.view(-1)[:1].add_(int(active.sum()))
     if recording:
         if must_keep is not None:
             keep |= must_keep.tile_mask(seqlen_q, seqlen_k).to(q.device)

@@ -1,21 +1,14 @@
-"""Second launch of a call: attention over each query tile's list of key tiles, recording keep decisions."""
+"""Last launch of a call: attention over each query tile's list of key tiles, recording keep decisions."""
 
 from __future__ import annotations
 
-import math
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .launch import LaunchConfig, architecture, launch_config
-from .mask import MAX_KEY_TILES, TILE, MustKeep, mask_shape, tiles
-from .triton_expand import expand_kernel
-from .workspace import Workspace
-
-_LOG2E = 1.0 / math.log(2.0)
+# INT8 scores accumulate onto the bit pattern of 1.5 * 2^23 in float32: read as float32, the int32 sum is
+# 12582912 + dot exactly (|dot| <= 128 * 127^2 < 2^22), so no conversion instruction is needed.
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+_MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -24,76 +17,138 @@ def _or(a, b):
 
 
 @triton.jit
-def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, n_left, tile, row_bits, word, words_ptr,
-                qk_scale, threshold,
-                BLOCK_N: tl.constexpr, D_TAIL: tl.constexpr, PARTIAL: tl.constexpr, RECORD: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """One compute tile of the online softmax. m_i, threshold: log2; l_i: running sum of 2^(s - m_i)."""
-    s = tl.dot(q, k, input_precision=PRECISION)
-    if D_TAIL:
-        s = tl.dot(q_tail, k_tail, s, input_precision=PRECISION)
-    if PARTIAL:
-        s = tl.where((tl.arange(0, BLOCK_N) < n_left)[None, :], s, -float("inf"))
-    tile_max = tl.max(s, 1) * qk_scale
-    m_new = tl.maximum(m_i, tile_max)
+def _row_of_program(pid, order_ptr, order_turn, n_rows, COST_CLASSES: tl.constexpr):
+    """The mask row that program `pid` takes: the costliest class first, see `expand_kernel`."""
+    # Scalars only: with a scan and reductions here, ptxas spills in the main loop.
+    slot = 0
+    start = 0
+    for cost_class in tl.static_range(COST_CLASSES):
+        size = tl.load(order_ptr + order_turn * COST_CLASSES + cost_class)
+        slot = tl.where((pid >= start) & (pid < start + size), cost_class * n_rows + pid - start, slot)
+        start += size
+    return tl.load(order_ptr + 2 * COST_CLASSES + slot)
+
+
+@triton.jit
+def _weigh(s, v, v_tail, acc, acc_tail, acc_unit, m_i, m_new, l_i, qk_scale, offset, v_scale,
+           D_TAIL: tl.constexpr, PV_FP16: tl.constexpr, PRECISION: tl.constexpr):
+    """Exponentials and P·V of one compute tile, added to the running sums."""
     m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row of nothing but -inf so far: avoid inf - inf
-    p = tl.math.exp2(s * qk_scale - m_safe[:, None])
+    p = tl.math.exp2(s * qk_scale - (m_safe + offset)[:, None])
     alpha = tl.math.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
-    if RECORD > 0:
-        # The reference may move between the compute tiles of one mask tile without changing its decision: a row that
-        # moved it has voted to keep. Dropped only if at or below the threshold in numbers that compare: NaN and Inf
-        # (l_i is NaN then) keep.
-        stays = tl.where((tile_max - m_i <= threshold) & (l_i == l_i), 0, 1)
-        if RECORD == 1:
-            any_stays = tl.max(stays, 0)
-            tl.atomic_or(words_ptr + (tile >> 5), 1 << (tile & 31), mask=any_stays != 0, sem="relaxed")
-        else:
-            if (tile >> 5) != word:
-                tl.atomic_or(words_ptr + word, tl.reduce(row_bits, 0, _or), sem="relaxed")
-                row_bits = row_bits * 0
-                word = tile >> 5
-            row_bits = row_bits | (stays << (tile & 31))
-    acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    if D_TAIL:
-        acc_tail = acc_tail * alpha[:, None]
-        acc_tail = tl.dot(p.to(v.dtype), v_tail, acc_tail, input_precision=PRECISION)
-    return acc, acc_tail, m_new, l_i, row_bits, word
+    if PV_FP16:
+        # The sum over one compute tile fits float16: weights are at most 1 and |v| at most V_LIMIT. The accumulator
+        # is in units of the latest scale of v, so that taking the sum in is one multiply-add.
+        alpha = alpha * (acc_unit / v_scale)
+        p = p.to(tl.float16)
+        acc = acc * alpha[:, None] + tl.dot(p, v, out_dtype=tl.float16).to(tl.float32)
+        if D_TAIL:
+            acc_tail = acc_tail * alpha[:, None] + tl.dot(p, v_tail, out_dtype=tl.float16).to(tl.float32)
+        acc_unit = v_scale
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        if D_TAIL:
+            acc_tail = tl.dot(p.to(v.dtype), v_tail, acc_tail * alpha[:, None], input_precision=PRECISION)
+    return acc, acc_tail, acc_unit, l_i
 
 
-@triton.jit(do_not_specialize=["qk_scale", "threshold", "n_heads", "seqlen_q", "seqlen_k", "q_tiles", "k_tiles",
-                               "row_words", "list_stride"])
-def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, list_ptr, count_ptr, qk_scale, threshold,
+@triton.jit
+def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l_i, n_left, tile, row_bits, word,
+                words_ptr, qk_scale, v_scale, threshold,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D_TAIL: tl.constexpr, PARTIAL: tl.constexpr,
+                RECORD: tl.constexpr, BRANCH: tl.constexpr, INT8: tl.constexpr, PV_FP16: tl.constexpr,
+                PRECISION: tl.constexpr):
+    """One compute tile of the online softmax. m_i, threshold: log2; l_i: running sum of 2^(s - m_i)."""
+    if INT8:
+        dots = tl.dot(q, k, tl.full([BLOCK_M, BLOCK_N], _MAGIC_BITS, tl.int32), out_dtype=tl.int32)
+        if D_TAIL:
+            dots = tl.dot(q_tail, k_tail, dots, out_dtype=tl.int32)
+        s = dots.to(tl.float32, bitcast=True)
+    else:
+        s = tl.dot(q, k, input_precision=PRECISION)
+        if D_TAIL:
+            s = tl.dot(q_tail, k_tail, s, input_precision=PRECISION)
+    if PARTIAL:
+        s = tl.where((tl.arange(0, BLOCK_N) < n_left)[None, :], s, -float("inf"))
+    if INT8:
+        offset = _MAGIC * qk_scale
+        tile_max = (tl.max(s, 1) - _MAGIC) * qk_scale
+    else:
+        offset = 0.0
+        tile_max = tl.max(s, 1) * qk_scale
+    m_new = tl.maximum(m_i, tile_max)
+    # The reference may move between the compute tiles of one mask tile without changing its decision: a row that
+    # moved it has voted to keep. Dropped only if at or below the threshold in numbers that compare: NaN and Inf
+    # (l_i is NaN then) keep.
+    if BRANCH:
+        any_stays = tl.max(tl.where((tile_max - m_i <= threshold) & (l_i == l_i), 0, 1), 0)
+        if any_stays != 0:
+            tl.atomic_or(words_ptr + (tile >> 5), 1 << (tile & 31), sem="relaxed")
+            acc, acc_tail, acc_unit, l_i = _weigh(s, v, v_tail, acc, acc_tail, acc_unit, m_i, m_new, l_i, qk_scale,
+                                                  offset, v_scale, D_TAIL, PV_FP16, PRECISION)
+    else:
+        acc, acc_tail, acc_unit, l_i = _weigh(s, v, v_tail, acc, acc_tail, acc_unit, m_i, m_new, l_i, qk_scale,
+                                              offset, v_scale, D_TAIL, PV_FP16, PRECISION)
+        if RECORD > 0:
+            stays = tl.where((tile_max - m_i <= threshold) & (l_i == l_i), 0, 1)
+            if RECORD == 1:
+                any_stays = tl.max(stays, 0)
+                tl.atomic_or(words_ptr + (tile >> 5), 1 << (tile & 31), mask=any_stays != 0, sem="relaxed")
+            else:
+                if (tile >> 5) != word:
+                    tl.atomic_or(words_ptr + word, tl.reduce(row_bits, 0, _or), sem="relaxed")
+                    row_bits = row_bits * 0
+                    word = tile >> 5
+                row_bits = row_bits | (stays << (tile & 31))
+    return acc, acc_tail, acc_unit, m_new, l_i, row_bits, word
+
+
+@triton.jit(do_not_specialize=["qk_scale", "threshold", "n_heads", "n_rows", "seqlen_q", "seqlen_k", "q_tiles",
+                               "k_tiles", "row_words", "list_stride", "order_turn"])
+def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
+                     rows_ptr, list_ptr, count_ptr, order_ptr,
                      stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                      stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
-                     n_heads, seqlen_q, seqlen_k, q_tiles, k_tiles, row_words, list_stride,
+                     qk_scale, threshold, n_heads, n_rows, seqlen_q, seqlen_k, q_tiles, k_tiles, row_words,
+                     list_stride, order_turn,
                      TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D_MAIN: tl.constexpr,
-                     D_TAIL: tl.constexpr, RAGGED: tl.constexpr, RECORD: tl.constexpr, HAS_LSE: tl.constexpr,
-                     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr):
+                     D_TAIL: tl.constexpr, DENSE: tl.constexpr, RAGGED: tl.constexpr, COST_CLASSES: tl.constexpr,
+                     RECORD: tl.constexpr, BRANCH: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr,
+                     PV_FP16: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr):
     """One program per (batch row, head, BLOCK_M query rows), query tile fastest so that a head's K, V stay in L2.
 
-    Pointers as in `expand_kernel`; q, k, v, out are [B, H, N, D_MAIN + D_TAIL] with unit last stride. Row, head
-    and batch offsets are int64; offsets within a compute tile are int32.
+    Pointers as in `expand_kernel`; q, k, v, out are [B, H, N, D_MAIN + D_TAIL] with unit last stride. With TMA, k_ptr
+    and v_ptr are tensor descriptors of blocks [1, 1, BLOCK_N, D_MAIN]. Row, head and batch offsets are int64; offsets
+    within a compute tile are int32.
+
+    INT8: q, k are int8 with scales float32 [B, H, QT] and [B, H, KT]. PV_FP16: v is float16 with scales [B, H, KT].
+    BRANCH: while recording, a compute tile that all rows may drop is left out of this very call too.
+    DENSE: every tile, in the order of a full list, without list or mask. COST_CLASSES > 0: costly rows first.
     """
     M_PARTS: tl.constexpr = TILE // BLOCK_M
     N_PARTS: tl.constexpr = TILE // BLOCK_N
     pid = tl.program_id(0)
     mask_row = pid // M_PARTS
+    if COST_CLASSES > 0:
+        mask_row = _row_of_program(mask_row, order_ptr, order_turn, n_rows, COST_CLASSES)
     q_tile = mask_row % q_tiles
     batch_head = mask_row // q_tiles
-    batch = (batch_head // n_heads).to(tl.int64)
-    head = (batch_head % n_heads).to(tl.int64)
+    batch_index = batch_head // n_heads
+    head_index = batch_head % n_heads
+    batch = batch_index.to(tl.int64)
+    head = head_index.to(tl.int64)
     offs_m = q_tile * TILE + (pid % M_PARTS) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, D_MAIN)
     # Rows past the end repeat the last valid row: their votes are its votes, so no mask is needed in the loop.
     q_rows = q_ptr + batch * stride_qb + head * stride_qh + tl.minimum(offs_m, seqlen_q - 1).to(tl.int64) * stride_qn
-    k_base = k_ptr + batch * stride_kb + head * stride_kh
-    v_base = v_ptr + batch * stride_vb + head * stride_vh
     q = tl.load(q_rows[:, None] + offs_d[None, :])
-    k_offs = offs_n[None, :] * stride_kn + offs_d[:, None]
-    v_offs = offs_n[:, None] * stride_vn + offs_d[None, :]
+    if not TMA:
+        k_base = k_ptr + batch * stride_kb + head * stride_kh
+        v_base = v_ptr + batch * stride_vb + head * stride_vh
+        k_offs = offs_n[None, :] * stride_kn + offs_d[:, None]
+        v_offs = offs_n[:, None] * stride_vn + offs_d[None, :]
     acc = tl.zeros([BLOCK_M, D_MAIN], tl.float32)
     if D_TAIL:
         offs_t = D_MAIN + tl.arange(0, D_TAIL)
@@ -104,6 +159,8 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, list_ptr, 
     else:
         q_tail = q
         acc_tail = 0.0
+    if INT8:
+        qk_scale = qk_scale * tl.load(q_scale_ptr + mask_row)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     row_bits = tl.zeros([BLOCK_M], tl.int32)
@@ -112,47 +169,81 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, list_ptr, 
     if RECORD > 0:
         words_ptr = tl.load(rows_ptr + 2 * batch).to(tl.pointer_type(tl.int32)) + (
             (head * q_tiles + q_tile) * row_words)
-    row_list_ptr = list_ptr + mask_row.to(tl.int64) * list_stride
-    n_whole = tl.load(count_ptr + mask_row)
+    row_list_ptr = list_ptr
     n_tail = 0
-    if RAGGED:
-        final = tl.load(row_list_ptr + tl.maximum(n_whole - 1, 0)).to(tl.int32)
-        n_tail = ((n_whole > 0) & (final == k_tiles - 1)).to(tl.int32)
-        n_whole -= n_tail
+    if DENSE:
+        n_whole = k_tiles
+        if RAGGED:
+            n_tail = 1
+    else:
+        row_list_ptr += mask_row.to(tl.int64) * list_stride
+        n_whole = tl.load(count_ptr + mask_row)
+        if RAGGED:
+            final = tl.load(row_list_ptr + tl.maximum(n_whole - 1, 0)).to(tl.int32)
+            n_tail = ((n_whole > 0) & (final == k_tiles - 1)).to(tl.int32)
+    n_whole -= n_tail
+    tile_scale = qk_scale
+    v_scale = 1.0
+    acc_unit = 1.0
 
     for i in tl.range(0, n_whole * N_PARTS, num_stages=NUM_STAGES):
-        tile = tl.load(row_list_ptr + i // N_PARTS).to(tl.int32)
-        start_n = (tile * TILE + (i % N_PARTS) * BLOCK_N).to(tl.int64)
-        k = tl.load(k_base + start_n * stride_kn + k_offs)
-        v = tl.load(v_base + start_n * stride_vn + v_offs)
+        if DENSE:
+            position = i // N_PARTS
+            tile = tl.where(position == 0, q_tile, position - (position <= q_tile).to(tl.int32))
+            tile = tl.where(q_tile < n_whole, tile, position)  # no own tile among the whole ones
+        else:
+            tile = tl.load(row_list_ptr + i // N_PARTS).to(tl.int32)
+        first = tile * TILE + (i % N_PARTS) * BLOCK_N
+        start_n = first.to(tl.int64)
+        if TMA:
+            k = tl.reshape(k_ptr.load([batch_index, head_index, first, 0]), [BLOCK_N, D_MAIN]).T
+            v = tl.reshape(v_ptr.load([batch_index, head_index, first, 0]), [BLOCK_N, D_MAIN])
+        else:
+            k = tl.load(k_base + start_n * stride_kn + k_offs)
+            v = tl.load(v_base + start_n * stride_vn + v_offs)
         k_tail = k
         v_tail = v
         if D_TAIL:
             k_tail = tl.load(k_base + start_n * stride_kn + k_tail_offs)
             v_tail = tl.load(v_base + start_n * stride_vn + v_tail_offs)
-        acc, acc_tail, m_i, l_i, row_bits, word = _accumulate(
-            q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, BLOCK_N, tile, row_bits, word, words_ptr,
-            qk_scale, threshold, BLOCK_N, D_TAIL, False, RECORD, PRECISION)
+        if INT8:
+            tile_scale = qk_scale * tl.load(k_scale_ptr + batch_head * k_tiles + tile)
+        if PV_FP16:
+            v_scale = tl.load(v_scale_ptr + batch_head * k_tiles + tile)
+        acc, acc_tail, acc_unit, m_i, l_i, row_bits, word = _accumulate(
+            q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l_i, BLOCK_N, tile, row_bits, word,
+            words_ptr, tile_scale, v_scale, threshold, BLOCK_M, BLOCK_N, D_TAIL, False, RECORD, BRANCH, INT8,
+            PV_FP16, PRECISION)
     if RAGGED:
         # After the main loop and not inside it: a mask in there costs a quarter more instructions.
         tile = k_tiles - 1
         for i in tl.range(0, n_tail * tl.cdiv(seqlen_k - tile * TILE, BLOCK_N), num_stages=1):
-            start_n = (tile * TILE + i * BLOCK_N).to(tl.int64)
-            n_left = seqlen_k - tile * TILE - i * BLOCK_N
-            k = tl.load(k_base + start_n * stride_kn + k_offs, mask=(offs_n < n_left)[None, :], other=0.0)
-            v = tl.load(v_base + start_n * stride_vn + v_offs, mask=(offs_n < n_left)[:, None], other=0.0)
+            first = tile * TILE + i * BLOCK_N
+            start_n = first.to(tl.int64)
+            n_left = seqlen_k - first
+            if TMA:
+                k = tl.reshape(k_ptr.load([batch_index, head_index, first, 0]), [BLOCK_N, D_MAIN]).T
+                v = tl.reshape(v_ptr.load([batch_index, head_index, first, 0]), [BLOCK_N, D_MAIN])
+            else:
+                k = tl.load(k_base + start_n * stride_kn + k_offs, mask=(offs_n < n_left)[None, :], other=0)
+                v = tl.load(v_base + start_n * stride_vn + v_offs, mask=(offs_n < n_left)[:, None], other=0.0)
             k_tail = k
             v_tail = v
             if D_TAIL:
-                k_tail = tl.load(k_base + start_n * stride_kn + k_tail_offs, mask=(offs_n < n_left)[None, :], other=0.0)
+                k_tail = tl.load(k_base + start_n * stride_kn + k_tail_offs, mask=(offs_n < n_left)[None, :], other=0)
                 v_tail = tl.load(v_base + start_n * stride_vn + v_tail_offs, mask=(offs_n < n_left)[:, None], other=0.0)
-            acc, acc_tail, m_i, l_i, row_bits, word = _accumulate(
-                q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, m_i, l_i, n_left, tile, row_bits, word, words_ptr,
-                qk_scale, threshold, BLOCK_N, D_TAIL, True, RECORD, PRECISION)
-    if RECORD == 3:
+            if INT8:
+                tile_scale = qk_scale * tl.load(k_scale_ptr + batch_head * k_tiles + tile)
+            if PV_FP16:
+                v_scale = tl.load(v_scale_ptr + batch_head * k_tiles + tile)
+            acc, acc_tail, acc_unit, m_i, l_i, row_bits, word = _accumulate(
+                q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l_i, n_left, tile, row_bits, word,
+                words_ptr, tile_scale, v_scale, threshold, BLOCK_M, BLOCK_N, D_TAIL, True, RECORD, BRANCH, INT8,
+                PV_FP16, PRECISION)
+    if RECORD == 3 and not BRANCH:
         tl.atomic_or(words_ptr + word, tl.reduce(row_bits, 0, _or), sem="relaxed")
 
-    inverse = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)  # an empty list gives 0, not 0 / 0
+    inverse = acc_unit / tl.where(l_i == 0.0, 1.0, l_i)  # an empty list gives 0, not 0 / 0
     in_range = offs_m < seqlen_q
     out_rows = out_ptr + batch * stride_ob + head * stride_oh + offs_m.to(tl.int64) * stride_on
     acc = acc * inverse[:, None]
@@ -163,52 +254,4 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, rows_ptr, list_ptr, 
     if HAS_LSE:
         lse = (m_i + tl.math.log2(l_i)) * 0.6931471805599453
         lse = tl.where(l_i == 0.0, -float("inf"), lse)
-        tl.store(lse_ptr + (batch * n_heads + head) * seqlen_q + offs_m, lse, mask=in_range)
-
-
-def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
-                     backwards: list[bool] | None, threshold: float, recording: bool, must_keep: MustKeep | None,
-                     sm_scale: float, workspace: Workspace, computed: Tensor | None,
-                     config: LaunchConfig | None = None) -> None:
-    """`lite_attention` after its checks: two launches, no host synchronisation.
-
-    While recording, a launch that fails leaves the masks of `rows` reset: the expansion has already emptied them.
-    """
-    batch, heads, seqlen_q, head_dim = q.shape
-    seqlen_k = k.shape[2]
-    _, _, q_tiles, row_words = mask_shape(batch, heads, seqlen_q, seqlen_k)
-    k_tiles = tiles(seqlen_k)
-    if k_tiles > MAX_KEY_TILES:
-        raise ValueError(f"seqlen_k is {seqlen_k}; at most {MAX_KEY_TILES * TILE} keys have a tile number")
-    device = q.device
-    config = config or launch_config(architecture(device), head_dim, q.dtype)
-    n_rows = batch * heads * q_tiles
-    list_stride = -(-k_tiles // 16) * 16
-    lists = workspace.buffer("list", n_rows * list_stride, torch.int16, device)
-    counts = workspace.buffer("count", n_rows, torch.int32, device)
-    table = counts if rows is None else workspace.row_table(
-        tuple((m.words[r].data_ptr(), int(back)) for (m, r), back in zip(rows, backwards, strict=True)), device)
-    must = counts if must_keep is None or not recording else workspace.must_words(
-        must_keep, seqlen_q, seqlen_k, device)
-    d_main = 64 if head_dim == 96 else head_dim
-    try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            expand_kernel[(n_rows,)](
-                table, must, lists, counts, heads, q_tiles, k_tiles, row_words, list_stride,
-                HAS_MASK=rows is not None, HAS_MUST=must is not counts, RAGGED=seqlen_k % TILE != 0,
-                REWRITE=recording, CHUNK=8 if row_words <= 8 else 32, num_warps=4)
-            attention_kernel[(n_rows * (TILE // config.BLOCK_M),)](
-                q, k, v, out, out if lse is None else lse, table, lists, counts, sm_scale * _LOG2E, threshold,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                heads, seqlen_q, seqlen_k, q_tiles, k_tiles, row_words, list_stride,
-                TILE=TILE, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, D_MAIN=d_main, D_TAIL=head_dim - d_main,
-                RAGGED=seqlen_k % TILE != 0, RECORD=config.record if recording else 0, HAS_LSE=lse is not None,
-                PRECISION="ieee" if torch.version.hip or q.dtype != torch.float32 else "tf32x3",
-                NUM_STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages)
-    except Exception:
-        if recording:
-            for m, _ in rows:
-                m.reset()
-        raise
-    if computed is not None:
-        computed += counts[:n_rows].sum()
+        tl.store(lse_ptr + batch_head.to(tl.int64) * seqlen_q + offs_m, lse, mask=in_range)

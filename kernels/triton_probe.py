@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from .cache import user_cache_dir
+
 log = logging.getLogger("LiteAttention")
 
 _CHILD_TIMEOUT_S = 300
@@ -123,19 +125,6 @@ def install_hint() -> str:
     if torch.version.hip:
         return "Triton is not installed; a ROCm build of torch brings it as pytorch-triton-rocm: reinstall torch"
     return f"Triton is not installed; a CUDA build of torch brings it: {sys.executable} -m pip install triton"
-
-
-def user_cache_dir() -> Path:
-    """Folder for verdicts: LITEATTENTION_CACHE, else the system's per-user cache."""
-    if os.environ.get("LITEATTENTION_CACHE"):
-        return Path(os.environ["LITEATTENTION_CACHE"])
-    if platform.system() == "Windows":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif platform.system() == "Darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "comfyui-liteattention"
 
 
 def _triton_version() -> str:

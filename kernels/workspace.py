@@ -27,6 +27,10 @@ class Workspace:
         self._allocating = allocating
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._tables: dict[tuple, Tensor] = {}
+        self.compiled: dict[tuple, object] = {}
+        """Compiled kernels by what they were compiled for, see `triton_call`."""
+        self.cost_order_turn: dict[torch.device, int] = {}
+        """Which of its two tables of class sizes the next call counts in; the call before has left that one zero."""
 
     def buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised flat buffer of at least `numel` elements, the same one at every call."""
@@ -39,6 +43,19 @@ class Workspace:
             with self._allocating(), torch.inference_mode(False):
                 held = torch.empty(numel, dtype=dtype, device=device)
             self._buffers[key] = held
+        return held
+
+    def cost_order(self, numel: int, device: torch.device) -> Tensor:
+        """int32 scratch of the rows by cost, see `expand_kernel`; zero when it is made, later what calls leave."""
+        key = ("order", device)
+        held = self._buffers.get(key)
+        if held is None or held.numel() < numel:
+            self._buffers.pop(key, None)
+            del held
+            with self._allocating(), torch.inference_mode(False):
+                held = torch.zeros(numel, dtype=torch.int32, device=device)
+            self._buffers[key] = held
+            self.cost_order_turn[device] = 0
         return held
 
     def row_table(self, entries: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:

@@ -202,14 +202,14 @@ def test_without_triton_a_gpu_gets_torch_and_the_reason(monkeypatch):
 def test_the_named_backend_is_the_one_that_runs(monkeypatch, device, by_argument):
     """Argument and environment reach the call itself; a failure there is not covered up by the other backend."""
     pytest.importorskip("triton", reason="Triton is not installed on this system")
-    from liteattention.kernels import torch_attention, triton_attention
+    from liteattention.kernels import torch_attention, triton_call
 
-    def fail(*args):
+    def fail(*args, **options):
         raise RuntimeError("no launch today")
 
     name = {} if by_argument else {"backend": None}
     inputs = [x.to(device) for x in qkv()]
-    for chosen, module in (("triton", triton_attention), ("torch", torch_attention)):
+    for chosen, module in (("triton", triton_call), ("torch", torch_attention)):
         with monkeypatch.context() as patch:
             if by_argument:
                 name = {"backend": chosen}

@@ -189,6 +189,8 @@ def test_the_torch_backend_multiplies_in_proportion_to_density(monkeypatch):
 
 
 class Broken:
+    __name__ = "broken"
+
     def __getitem__(self, grid):
         raise RuntimeError("launch failed")
 
@@ -196,14 +198,14 @@ class Broken:
 @pytest.mark.parametrize("kernel", ["expand_kernel", "attention_kernel"])
 def test_a_failed_launch_resets_the_masks_it_had_opened(device, monkeypatch, kernel):
     pytest.importorskip("triton", reason="Triton is not installed on this system")
-    from liteattention.kernels import triton_attention
+    from liteattention.kernels import triton_call
 
     inputs, place = setup("triton", device, batch=2, heads=1)
     masks = [SkipMask.full(1, 1, 400, device=place) for _ in range(2)]
     lite_attention(*inputs, masks, threshold=-4.0, backend="triton")
     words = [m.words.clone() for m in masks]
     assert all(m.density() < 1 for m in masks)
-    monkeypatch.setattr(triton_attention, kernel, Broken())
+    monkeypatch.setattr(triton_call, kernel, Broken())
     computed = torch.zeros(1, dtype=torch.int64, device=place)
     with pytest.raises(RuntimeError, match="launch failed"):
         lite_attention(*inputs, masks, threshold=-4.0, record=False, backend="triton", computed=computed)
@@ -226,7 +228,7 @@ def test_masks_do_not_depend_on_the_compute_tile(device, n_q, n_k, dtype, thresh
     """BLOCK_M, BLOCK_N and the recording form change the launch, not one decision."""
     pytest.importorskip("triton", reason="Triton is not installed on this system")
     from liteattention.kernels.launch import LaunchConfig
-    from liteattention.kernels.triton_attention import triton_attention
+    from liteattention.kernels.triton_call import triton_attention
 
     inputs = [x.to(device) for x in oracle.make(1, 1, n_q, n_k, 64, dtype)]
     start = SkipMask.from_bool(oracle.holes(1, 1, n_q, n_k, 0.8), n_q, n_k).to(device)
@@ -235,7 +237,7 @@ def test_masks_do_not_depend_on_the_compute_tile(device, n_q, n_k, dtype, thresh
         mask = start.clone()
         out = torch.empty_like(inputs[0])
         triton_attention(*inputs, out, None, [(mask, 0)], [False], threshold, True, None, 0.125, Workspace(), None,
-                         LaunchConfig(block_m, block_n, 8, 2, record))
+                         config=LaunchConfig(block_m, block_n, 8, 2, record))
         found.append((out, mask.words))
     expected = oracle.attention(*(x.cpu() for x in inputs), start.to_bool().cpu(), threshold)
     assert expected.margin.min() > 2e-3, "choose another seed: a decision is too close to call"
