@@ -70,6 +70,7 @@ _HOPPER = LaunchConfig(BLOCK_N=128, record=1, tma=True, branch=True)
 _BLACKWELL = LaunchConfig(BLOCK_N=128, tma=True)  # branch: Triton 3.6 cannot lay out the scores for it
 _CDNA = LaunchConfig(num_warps=4, num_stages=1, record=1)
 _RDNA = LaunchConfig(BLOCK_N=32, num_stages=1, record=1)
+_RDNA3 = replace(_RDNA, BLOCK_M=64)  # at 128 rows gfx11 spills a hundred registers
 
 _GEFORCE = ("sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 """Architectures of GeForce cards, where float32 accumulation halves the tensor rate (professional cards share them)."""
@@ -85,7 +86,7 @@ def table_config(kind: CallKind) -> LaunchConfig:
     if kind.arch.startswith("gfx9"):
         return _CDNA
     if kind.arch.startswith("gfx"):
-        return _RDNA
+        return _RDNA3 if kind.arch.startswith("gfx11") else _RDNA
     if kind.arch == "sm_90":
         return _HOPPER if kind.head_dim != 64 else replace(_HOPPER, BLOCK_N=64)
     if kind.arch in ("sm_100", "sm_103"):
