@@ -1,6 +1,6 @@
 """Skip-mask attention: tensors in, tensors out. Imports torch only; Triton at the first call that uses it."""
 
-from .api import DTYPES, HEAD_DIMS, call_tiles, lite_attention, unsupported_call
+from .api import CRITERIA, DTYPES, HEAD_DIMS, call_tiles, lite_attention, unsupported_call
 from .backends import BACKENDS, BackendChoice, choose_backend, resolve_backend
 from .errors import UnsupportedAttention
 from .launch import break_even_density
@@ -9,7 +9,7 @@ from .precision import PRECISIONS, PrecisionChoice, precision_choice
 from .workspace import Workspace
 
 __all__ = [
-    "BACKENDS", "DTYPES", "HEAD_DIMS", "PRECISIONS", "TILE", "BackendChoice", "MustKeep", "PrecisionChoice", "SkipMask",
-    "UnsupportedAttention", "Workspace", "break_even_density", "call_tiles", "choose_backend", "lite_attention",
-    "mask_nbytes", "mask_shape", "precision_choice", "resolve_backend", "tiles", "unsupported_call",
+    "BACKENDS", "CRITERIA", "DTYPES", "HEAD_DIMS", "PRECISIONS", "TILE", "BackendChoice", "MustKeep", "PrecisionChoice",
+    "SkipMask", "UnsupportedAttention", "Workspace", "break_even_density", "call_tiles", "choose_backend",
+    "lite_attention", "mask_nbytes", "mask_shape", "precision_choice", "resolve_backend", "tiles", "unsupported_call",
 ]

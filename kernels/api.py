@@ -15,6 +15,7 @@ from .precision import precision_choice
 from .workspace import Workspace
 
 HEAD_DIMS = (64, 96, 128)
+CRITERIA = ("max", "mass")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 MaskRows = list[tuple[SkipMask, int]]
@@ -69,7 +70,8 @@ def unsupported_call(q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = Non
 
 def lite_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: SkipMask | Sequence[SkipMask] | None = None, *,
-    threshold: float = -math.inf, record: bool = True, skip_now: bool = False, must_keep: MustKeep | None = None,
+    threshold: float = -math.inf, criterion: str = "max", record: bool = True, skip_now: bool = False,
+    must_keep: MustKeep | None = None,
     heads: int | None = None, attn_mask: Tensor | None = None, sm_scale: float | None = None,
     return_lse: bool = False, precision: str = "full", backend: str | None = None, workspace: Workspace | None = None,
     computed: Tensor | None = None,
@@ -90,6 +92,9 @@ def lite_attention(
       where reference is the row's running maximum of q·k over the tiles visited *before* this one (-inf before
       the first, which therefore stays). The decision is used from the next call on; this call computes the tile
       (but see `skip_now`).
+    * With criterion "mass" it stays iff for at least one valid query row its share of the row's sum of exp(scores)
+      over the tiles visited so far, itself included, is above 2 ** threshold. The sum only grows, so a dropped tile
+      held at most that share of every row's attention, and n dropped tiles at most n * 2 ** threshold.
     * Tiles under `must_keep` stay. The mask only shrinks until `SkipMask.reset`.
     * threshold = -inf never drops and never counts as a recording pass: with every bit active the result is that
       of `mask=None` bit for bit.
@@ -106,6 +111,7 @@ def lite_attention(
         mask: one `SkipMask` of batch B, or B masks of batch 1 (one per batch row, so that rows can be batched
             differently from call to call), or None for dense. Rewritten in place while recording.
         threshold: log2, -inf..0. -10 drops tiles whose every weight is under 1/1024 of the row's strongest so far.
+        criterion: "max" (the paper's) or "mass".
         record: False reads the mask and leaves it as it is.
         skip_now: while recording, the backend may leave exp and P·V of what this call drops out of this call, too (the
             error is that of the next call). Taken where it is a gain, not under `must_keep`; decisions are the same.
@@ -127,7 +133,7 @@ def lite_attention(
 
     Raises:
         UnsupportedAttention: the call cannot be served; names the argument. Nothing was written.
-        ValueError: threshold, must_keep, precision or backend makes no sense.
+        ValueError: threshold, criterion, must_keep, precision or backend makes no sense.
         torch.OutOfMemoryError: also for INT8's copies of q, k, v; then nothing was written.
     """
     problem = unsupported_call(q, k, v, heads=heads, attn_mask=attn_mask, sm_scale=sm_scale)
@@ -135,6 +141,8 @@ def lite_attention(
         raise problem
     if math.isnan(threshold) or threshold > 0:
         raise ValueError(f"threshold is {threshold}; it is a log2 value from -inf to 0")
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion is {criterion!r}; allowed: {', '.join(CRITERIA)}")
     if heads is not None:
         q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
     if must_keep is not None:
@@ -156,11 +164,12 @@ def lite_attention(
     if chosen == "triton":
         from .triton_call import triton_attention
 
-        triton_attention(*arguments, int8=choice.name == "int8" and not return_lse, skip_now=skip_now)
+        triton_attention(*arguments, mass=criterion == "mass", int8=choice.name == "int8" and not return_lse,
+                         skip_now=skip_now)
     else:
         from .torch_attention import torch_attention
 
-        torch_attention(*arguments)
+        torch_attention(*arguments, mass=criterion == "mass")
     if recording:
         for m, r in rows:
             m.passes[r] += 1
@@ -197,4 +206,4 @@ def call_tiles(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> int:
     return batch * heads * tiles(seqlen_q) * tiles(seqlen_k)
 
 
-__all__ = ["DTYPES", "HEAD_DIMS", "TILE", "call_tiles", "lite_attention", "unsupported_call"]
+__all__ = ["CRITERIA", "DTYPES", "HEAD_DIMS", "TILE", "call_tiles", "lite_attention", "unsupported_call"]

@@ -22,7 +22,7 @@ _SCORE_BUDGET = 64 * 2**20
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
                     backwards: list[bool] | None, threshold: float, recording: bool, must_keep: MustKeep | None,
-                    sm_scale: float, workspace: Workspace, computed: Tensor | None) -> None:
+                    sm_scale: float, workspace: Workspace, computed: Tensor | None, mass: bool = False) -> None:
     """`lite_attention` after its checks; writes `out` and `lse`, and the masks of `rows` while recording.
 
     q, k, v, out: [B, H, N, D] views; scores and softmax in float32 whatever the input dtype. `workspace` is not
@@ -44,7 +44,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
     ]
     keep = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=q.device) if recording else None
     for group in _groups(lists, seqlen_q, q.device):
-        _attend(q, k, v, out, lse, group, threshold * math.log(2), sm_scale, keep)
+        _attend(q, k, v, out, lse, group, threshold * math.log(2), sm_scale, keep, mass)
     if computed is not None:
         computed.view(-1)[:1].add_(int(active.sum()))
     if recording:
@@ -103,7 +103,7 @@ def _groups(lists: list[_TileList], seqlen_q: int, device: torch.device) -> list
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, group: list[_TileList],
-            threshold: float, sm_scale: float, keep: Tensor | None) -> None:
+            threshold: float, sm_scale: float, keep: Tensor | None, mass: bool) -> None:
     """Attention of a group alike in tail and query rows, padded to its longest body. threshold: natural log."""
     rows = min(TILE, q.shape[2] - group[0].qt * TILE)
 
@@ -118,20 +118,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, gr
         return
     body_len = max(x.body.size for x in group)
     queries = _stack([q[x.b, x.h, span(x)] for x in group]).float() * sm_scale
-    softmax = _OnlineSoftmax(queries, v.shape[-1])
-    tile_max = []
+    softmax = _OnlineSoftmax(queries, v.shape[-1], mass and keep is not None)
+    strength = []
     step = _CPU_CHUNK if q.device.type == "cpu" else body_len
     for first in range(0, body_len, max(step, 1)):
         width = min(step, body_len - first)
         keys, values = (_stack([_gather(t[x.b, x.h], x.body[first:first + width], width) for x in group]).float()
                         for t in (k, v))
-        tile_max.append(softmax.add(keys, values, [x.body.size - first for x in group]))
+        strength.append(softmax.add(keys, values, [x.body.size - first for x in group]))
     if group[0].tail:
         full = k.shape[2] // TILE * TILE
         keys, values = (_stack([t[x.b, x.h, full:] for x in group]).float() for t in (k, v))
-        tile_max.append(softmax.add(keys, values, None))
+        strength.append(softmax.add(keys, values, None))
     if keep is not None:
-        _vote(torch.cat(tile_max, -1), body_len, threshold, group, keep)
+        _vote(torch.cat(strength, -1), body_len, threshold, group, keep, mass)
     result, row_lse = softmax.finish()
     for i, x in enumerate(group):
         out[x.b, x.h, span(x)] = result[i].to(out.dtype)
@@ -140,9 +140,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, gr
 
 
 class _OnlineSoftmax:
-    """Softmax attention of `queries` (float32 [G, rows, D], scaled) over keys that arrive in parts."""
+    """Softmax attention of `queries` (float32 [G, rows, D], scaled) over keys that arrive in parts.
 
-    def __init__(self, queries: Tensor, head_dim: int):
+    mass: a tile's strength is its log-sum-exp, and not its maximum.
+    """
+
+    def __init__(self, queries: Tensor, head_dim: int, mass: bool = False):
+        self.mass = mass
         self.queries = queries
         shape = queries.shape[:2]
         self.row_max = queries.new_full((*shape, 1), -math.inf)
@@ -150,7 +154,7 @@ class _OnlineSoftmax:
         self.acc = queries.new_zeros(*shape, head_dim)
 
     def add(self, keys: Tensor, values: Tensor, whole_tiles: list[int] | None) -> Tensor:
-        """Take in keys and values [G, n, D] and give each tile's row maximum [G, rows, tiles].
+        """Take in keys and values [G, n, D] and give each tile's strength in each row [G, rows, tiles].
 
         `whole_tiles`: how many of the 128-key tiles are real in each member of the group; None: one partial tile.
         """
@@ -173,6 +177,9 @@ class _OnlineSoftmax:
         self.total.mul_(rescale).add_(weights.sum(-1, keepdim=True))
         self.acc.mul_(rescale).baddbmm_(weights, values)
         self.row_max = row_max
+        if self.mass:
+            by_tile = weights.unflatten(-1, (1, -1) if whole_tiles is None else (-1, TILE))
+            return by_tile.sum(-1).log_().add_(finite_max)
         return tile_max
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -194,16 +201,21 @@ def _gather(x: Tensor, body: np.ndarray, width: int) -> Tensor:
     return x[:full * TILE].unflatten(0, (full, TILE)).index_select(0, index).flatten(0, 1)
 
 
-def _vote(tile_max: Tensor, body_len: int, threshold: float, group: list[_TileList], keep: Tensor) -> None:
-    """Write the keep decisions of a group. tile_max: [G, rows, tiles], scaled scores in natural log."""
+def _vote(strength: Tensor, body_len: int, threshold: float, group: list[_TileList], keep: Tensor,
+          mass: bool) -> None:
+    """Write the keep decisions of a group. strength: [G, rows, tiles], maximum or log-sum-exp of the scaled scores,
+    threshold: natural log."""
     for i, x in enumerate(group):
         positions = x.visit_positions()
         columns = x.body[positions]
         if x.tail:
             positions, columns = np.append(positions, body_len), np.append(columns, keep.shape[-1] - 1)
-        in_order = tile_max[i].index_select(-1, torch.from_numpy(positions).to(tile_max.device))
-        running = in_order.cummax(-1).values
-        reference = torch.cat([torch.full_like(running[:, :1], -math.inf), running[:, :-1]], -1)
+        in_order = strength[i].index_select(-1, torch.from_numpy(positions).to(strength.device))
+        if mass:
+            reference = in_order.logcumsumexp(-1)  # the tile itself included
+        else:
+            running = in_order.cummax(-1).values
+            reference = torch.cat([torch.full_like(running[:, :1], -math.inf), running[:, :-1]], -1)
         # "Not at or below", and also every row that has met +inf: NaN and Inf vote to keep.
         stays = (~(in_order - reference <= threshold) | (reference == math.inf)).any(0)
         keep[x.b, x.h, x.qt, torch.from_numpy(columns).to(keep.device)] = stays

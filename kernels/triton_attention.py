@@ -36,30 +36,34 @@ def _weigh(s, v, v_tail, acc, acc_tail, acc_unit, m_i, m_new, l_i, qk_scale, off
     m_safe = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row of nothing but -inf so far: avoid inf - inf
     p = tl.math.exp2(s * qk_scale - (m_safe + offset)[:, None])
     alpha = tl.math.exp2(m_i - m_safe)
-    l_i = l_i * alpha + tl.sum(p, 1)
+    mass = tl.sum(p, 1)
+    l_i = l_i * alpha + mass
     if PV_FP16:
         # The sum over one compute tile fits float16: weights are at most 1 and |v| at most V_LIMIT. The accumulator
         # is in units of the latest scale of v, so that taking the sum in is one multiply-add.
-        alpha = alpha * (acc_unit / v_scale)
         p = p.to(tl.float16)
-        acc = acc * alpha[:, None] + tl.dot(p, v, out_dtype=tl.float16).to(tl.float32)
+        rescale = alpha * (acc_unit / v_scale)
+        acc = acc * rescale[:, None] + tl.dot(p, v, out_dtype=tl.float16).to(tl.float32)
         if D_TAIL:
-            acc_tail = acc_tail * alpha[:, None] + tl.dot(p, v_tail, out_dtype=tl.float16).to(tl.float32)
+            acc_tail = acc_tail * rescale[:, None] + tl.dot(p, v_tail, out_dtype=tl.float16).to(tl.float32)
         acc_unit = v_scale
     else:
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         if D_TAIL:
             acc_tail = tl.dot(p.to(v.dtype), v_tail, acc_tail * alpha[:, None], input_precision=PRECISION)
-    return acc, acc_tail, acc_unit, l_i
+    return acc, acc_tail, acc_unit, l_i, mass, alpha
 
 
 @triton.jit
-def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l_i, n_left, tile, row_bits, word,
-                words_ptr, qk_scale, v_scale, threshold,
+def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l_i, tile_mass, n_left, part, n_parts,
+                tile, row_bits, word, words_ptr, qk_scale, v_scale, threshold,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D_TAIL: tl.constexpr, PARTIAL: tl.constexpr,
-                RECORD: tl.constexpr, BRANCH: tl.constexpr, INT8: tl.constexpr, PV_FP16: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """One compute tile of the online softmax. m_i, threshold: log2; l_i: running sum of 2^(s - m_i)."""
+                RECORD: tl.constexpr, MASS: tl.constexpr, BRANCH: tl.constexpr, INT8: tl.constexpr,
+                PV_FP16: tl.constexpr, PRECISION: tl.constexpr):
+    """One compute tile of the online softmax, part `part` of the `n_parts` of its mask tile.
+
+    m_i, threshold: log2; l_i, tile_mass: sums of 2^(s - m_i) over all keys so far and over this mask tile's.
+    """
     if INT8:
         dots = tl.dot(q, k, tl.full([BLOCK_M, BLOCK_N], _MAGIC_BITS, tl.int32), out_dtype=tl.int32)
         if D_TAIL:
@@ -78,20 +82,26 @@ def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l
         offset = 0.0
         tile_max = tl.max(s, 1) * qk_scale
     m_new = tl.maximum(m_i, tile_max)
-    # The reference may move between the compute tiles of one mask tile without changing its decision: a row that
-    # moved it has voted to keep. Dropped only if at or below the threshold in numbers that compare: NaN and Inf
-    # (l_i is NaN then) keep.
+    # MASS: a row's share of the mask tile is known after its last compute tile. Otherwise each compute tile votes: the
+    # reference may move between them without changing the decision, because a row that moved it has voted to keep.
+    # Dropped only if at or below the threshold in numbers that compare: NaN and Inf (l_i is NaN then) keep.
     if BRANCH:
         any_stays = tl.max(tl.where((tile_max - m_i <= threshold) & (l_i == l_i), 0, 1), 0)
         if any_stays != 0:
             tl.atomic_or(words_ptr + (tile >> 5), 1 << (tile & 31), sem="relaxed")
-            acc, acc_tail, acc_unit, l_i = _weigh(s, v, v_tail, acc, acc_tail, acc_unit, m_i, m_new, l_i, qk_scale,
-                                                  offset, v_scale, D_TAIL, PV_FP16, PRECISION)
+            acc, acc_tail, acc_unit, l_i, _, _ = _weigh(
+                s, v, v_tail, acc, acc_tail, acc_unit, m_i, m_new, l_i, qk_scale, offset, v_scale, D_TAIL, PV_FP16,
+                PRECISION)
     else:
-        acc, acc_tail, acc_unit, l_i = _weigh(s, v, v_tail, acc, acc_tail, acc_unit, m_i, m_new, l_i, qk_scale,
-                                              offset, v_scale, D_TAIL, PV_FP16, PRECISION)
+        acc, acc_tail, acc_unit, l_i, mass, alpha = _weigh(
+            s, v, v_tail, acc, acc_tail, acc_unit, m_i, m_new, l_i, qk_scale, offset, v_scale, D_TAIL, PV_FP16,
+            PRECISION)
         if RECORD > 0:
-            stays = tl.where((tile_max - m_i <= threshold) & (l_i == l_i), 0, 1)
+            if MASS:
+                tile_mass = tl.where(part == 0, 0.0, tile_mass * alpha) + mass
+                stays = tl.where((tile_mass <= threshold * l_i) & (l_i > 0) | (part != n_parts - 1), 0, 1)
+            else:
+                stays = tl.where((tile_max - m_i <= threshold) & (l_i == l_i), 0, 1)
             if RECORD == 1:
                 any_stays = tl.max(stays, 0)
                 tl.atomic_or(words_ptr + (tile >> 5), 1 << (tile & 31), mask=any_stays != 0, sem="relaxed")
@@ -101,7 +111,7 @@ def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l
                     row_bits = row_bits * 0
                     word = tile >> 5
                 row_bits = row_bits | (stays << (tile & 31))
-    return acc, acc_tail, acc_unit, m_new, l_i, row_bits, word
+    return acc, acc_tail, acc_unit, m_new, l_i, tile_mass, row_bits, word
 
 
 @triton.jit(do_not_specialize=["qk_scale", "threshold", "n_heads", "n_rows", "seqlen_q", "seqlen_k", "q_tiles",
@@ -114,8 +124,9 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
                      list_stride, order_turn,
                      TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D_MAIN: tl.constexpr,
                      D_TAIL: tl.constexpr, DENSE: tl.constexpr, RAGGED: tl.constexpr, COST_CLASSES: tl.constexpr,
-                     RECORD: tl.constexpr, BRANCH: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr,
-                     PV_FP16: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr):
+                     RECORD: tl.constexpr, MASS: tl.constexpr, BRANCH: tl.constexpr, TMA: tl.constexpr,
+                     INT8: tl.constexpr, PV_FP16: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+                     NUM_STAGES: tl.constexpr):
     """One program per (batch row, head, BLOCK_M query rows), query tile fastest so that a head's K, V stay in L2.
 
     Pointers as in `expand_kernel`; q, k, v, out are [B, H, N, D_MAIN + D_TAIL] with unit last stride. With TMA, k_ptr
@@ -123,6 +134,7 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
     within a compute tile are int32.
 
     INT8: q, k are int8 with scales float32 [B, H, QT] and [B, H, KT]. PV_FP16: v is float16 with scales [B, H, KT].
+    MASS: the test is on a tile's share of the row's sum so far, and threshold is that share, not its log2.
     BRANCH: while recording, a compute tile that all rows may drop is left out of this very call too.
     DENSE: every tile, in the order of a full list, without list or mask. COST_CLASSES > 0: costly rows first.
     """
@@ -163,6 +175,7 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
         qk_scale = qk_scale * tl.load(q_scale_ptr + mask_row)
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    tile_mass = tl.zeros([BLOCK_M], tl.float32)
     row_bits = tl.zeros([BLOCK_M], tl.int32)
     word = 0
     words_ptr = count_ptr
@@ -210,14 +223,15 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
             tile_scale = qk_scale * tl.load(k_scale_ptr + batch_head * k_tiles + tile)
         if PV_FP16:
             v_scale = tl.load(v_scale_ptr + batch_head * k_tiles + tile)
-        acc, acc_tail, acc_unit, m_i, l_i, row_bits, word = _accumulate(
-            q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l_i, BLOCK_N, tile, row_bits, word,
-            words_ptr, tile_scale, v_scale, threshold, BLOCK_M, BLOCK_N, D_TAIL, False, RECORD, BRANCH, INT8,
-            PV_FP16, PRECISION)
+        acc, acc_tail, acc_unit, m_i, l_i, tile_mass, row_bits, word = _accumulate(
+            q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l_i, tile_mass, BLOCK_N, i % N_PARTS,
+            N_PARTS, tile, row_bits, word, words_ptr, tile_scale, v_scale, threshold, BLOCK_M, BLOCK_N, D_TAIL, False,
+            RECORD, MASS, BRANCH, INT8, PV_FP16, PRECISION)
     if RAGGED:
         # After the main loop and not inside it: a mask in there costs a quarter more instructions.
         tile = k_tiles - 1
-        for i in tl.range(0, n_tail * tl.cdiv(seqlen_k - tile * TILE, BLOCK_N), num_stages=1):
+        n_parts = tl.cdiv(seqlen_k - tile * TILE, BLOCK_N)
+        for i in tl.range(0, n_tail * n_parts, num_stages=1):
             first = tile * TILE + i * BLOCK_N
             start_n = first.to(tl.int64)
             n_left = seqlen_k - first
@@ -236,10 +250,10 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
                 tile_scale = qk_scale * tl.load(k_scale_ptr + batch_head * k_tiles + tile)
             if PV_FP16:
                 v_scale = tl.load(v_scale_ptr + batch_head * k_tiles + tile)
-            acc, acc_tail, acc_unit, m_i, l_i, row_bits, word = _accumulate(
-                q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l_i, n_left, tile, row_bits, word,
-                words_ptr, tile_scale, v_scale, threshold, BLOCK_M, BLOCK_N, D_TAIL, True, RECORD, BRANCH, INT8,
-                PV_FP16, PRECISION)
+            acc, acc_tail, acc_unit, m_i, l_i, tile_mass, row_bits, word = _accumulate(
+                q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l_i, tile_mass, n_left, i, n_parts,
+                tile, row_bits, word, words_ptr, tile_scale, v_scale, threshold, BLOCK_M, BLOCK_N, D_TAIL, True,
+                RECORD, MASS, BRANCH, INT8, PV_FP16, PRECISION)
     if RECORD == 3 and not BRANCH:
         tl.atomic_or(words_ptr + word, tl.reduce(row_bits, 0, _or), sem="relaxed")
 

@@ -34,7 +34,8 @@ enough, and the order of the heads, which share K and V in the cache, is worth m
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
                      backwards: list[bool] | None, threshold: float, recording: bool, must_keep: MustKeep | None,
                      sm_scale: float, workspace: Workspace, computed: Tensor | None, *,
-                     int8: bool = False, skip_now: bool = False, config: LaunchConfig | None = None) -> None:
+                     mass: bool = False, int8: bool = False, skip_now: bool = False,
+                     config: LaunchConfig | None = None) -> None:
     """`lite_attention` after its checks: one launch without a mask, two with one, two more for INT8; no host
     synchronisation. INT8 allocates its copies of q, k, v per call: kept between calls they would hold gigabytes that
     the rest of the model needs.
@@ -58,7 +59,9 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     list_stride = -(-k_tiles // 16) * 16
     ragged = seqlen_k % TILE != 0
     # The kernel does not know which tiles must stay: with such ranges every tile is computed.
-    branch = recording and skip_now and must_keep is None and config.branch
+    branch = recording and skip_now and must_keep is None and config.branch and not mass
+    if int8:
+        threshold -= INT8_GUARD
     tensor_cores = "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         q_scale = k_scale = v_scale = out
@@ -98,11 +101,11 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
             _launch(workspace, attention_kernel, n_rows * (TILE // config.BLOCK_M),
                     (q, k, v, out, out if lse is None else lse, q_scale, k_scale, v_scale, table, lists, counts, order),
                     strides,
-                    (sm_scale * _LOG2E, threshold - INT8_GUARD if int8 else threshold, heads, n_rows, seqlen_q,
+                    (sm_scale * _LOG2E, 2.0 ** threshold if mass else threshold, heads, n_rows, seqlen_q,
                      seqlen_k, q_tiles, k_tiles, row_words, list_stride, turn),
                     (TILE, config.BLOCK_M, config.BLOCK_N, d_main, head_dim - d_main, rows is None, ragged,
-                     cost_classes, config.record if recording else 0, branch, tma, int8, int8 and config.pv_fp16,
-                     lse is not None, tensor_cores, config.num_stages), config.num_warps, config.num_stages)
+                     cost_classes, config.record if recording else 0, recording and mass, branch, tma, int8,
+                     int8 and config.pv_fp16, lse is not None, tensor_cores, config.num_stages), config.num_warps, config.num_stages)
         except Exception:
             if counted:
                 with suppress(RuntimeError):  # a device that has failed refuses this too

@@ -35,7 +35,7 @@ def order(active, own, backwards, n_keys):
     return first + (middle[::-1] if backwards else middle) + tail
 
 
-def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=None):
+def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=None, mass=False):
     """Everything from the docstring of `lite_attention`, one recording pass. q, k, v: [B, H, N, D], any float dtype.
 
     active: bool [B, H, QT, KT]. backwards: bool, or one per batch row. must: bool [QT, KT]. What NaN and Inf in
@@ -64,7 +64,13 @@ def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=N
                     top = scores[:, t * TILE:(t + 1) * TILE].max(1).values
                     spoiled |= top.isnan() | (top == math.inf)
                     # A row of nothing but -inf so far has no maximum to be below.
-                    above = ((top - reference) * scale / math.log(2) - threshold).nan_to_num(nan=math.inf)
+                    if mass:
+                        sums = [torch.logsumexp(scores[:, u * TILE:(u + 1) * TILE] * scale, 1)
+                                for u in visited[:visited.index(t) + 1]]
+                        share = sums[-1] - torch.logsumexp(torch.stack(sums), 0)
+                        above = (share / math.log(2) - threshold).nan_to_num(nan=math.inf)
+                    else:
+                        above = ((top - reference) * scale / math.log(2) - threshold).nan_to_num(nan=math.inf)
                     keep[b, h, qt, t] = bool((spoiled | (above > 0)).any())
                     margin[b, h, qt, t] = math.inf if spoiled.any() else above.max().abs()
                     reference = torch.maximum(reference, top)
