@@ -144,13 +144,14 @@ def lite_attention(
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; allowed: {', '.join(CRITERIA)}")
     if heads is not None:
-        q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+        q, k, v = _split_heads(q, heads), _split_heads(k, heads), _split_heads(v, heads)
     if must_keep is not None:
         must_keep.check(q.shape[2], k.shape[2])
     rows = _mask_rows(mask, q, k)
     chosen = choose_backend(q.device, backend)
     batch, n_heads, seqlen_q, head_dim = q.shape
-    out = torch.empty(batch, seqlen_q, n_heads, head_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    packed = torch.empty(batch, seqlen_q, n_heads * head_dim, dtype=q.dtype, device=q.device)
+    out = _split_heads(packed, n_heads)
     lse = torch.empty(batch, n_heads, seqlen_q, dtype=torch.float32, device=q.device) if return_lse else None
     recording = record and rows is not None and threshold > -math.inf
     # A reader follows the direction that the next recording pass would take; -inf has one direction only,
@@ -173,8 +174,16 @@ def lite_attention(
     if recording:
         for m, r in rows:
             m.passes[r] += 1
-    result = out if heads is None else out.transpose(1, 2).flatten(2)
+    result = out if heads is None else packed
     return (result, lse) if return_lse else result
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, H*D] -> a [B, H, N, D] view."""
+    batch, seqlen, width = x.shape
+    stride_b, stride_n, _ = x.stride()
+    head_dim = width // heads
+    return x.as_strided((batch, heads, seqlen, head_dim), (stride_b, head_dim, stride_n, 1))
 
 
 def _mask_rows(mask: SkipMask | Sequence[SkipMask] | None, q: Tensor, k: Tensor) -> MaskRows | None:

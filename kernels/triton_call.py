@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext, suppress
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import CallKind, LaunchConfig, architecture, launch_config
-from .mask import MAX_KEY_TILES, TILE, MustKeep, mask_shape, tiles
+from .mask import MAX_KEY_TILES, TILE, WORD_BITS, MustKeep, tiles
 from .precision import INT8_GUARD
 from .triton_attention import attention_kernel
 from .triton_expand import expand_kernel
@@ -29,6 +30,30 @@ COST_CLASSES = 16
 COST_ORDER_MAX_TOKENS = 16384
 """Below this the last rows to start leave most of the GPU idle unless the longest start first; above it there are rows
 enough, and the order of the heads, which share K and V in the cache, is worth more."""
+
+
+class _Sizes(NamedTuple):
+    """Numbers of one call that several launches need."""
+
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    q_tiles: int
+    k_tiles: int
+    n_rows: int
+    row_words: int
+    list_stride: int
+
+
+class _TileLists(NamedTuple):
+    """What `expand_kernel` has made: the tile list of each row, and the rows in order of cost if cost_classes > 0."""
+
+    table: Tensor
+    lists: Tensor
+    counts: Tensor
+    order: Tensor
+    turn: int
+    cost_classes: int
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
@@ -48,90 +73,107 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     """
     batch, heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
-    _, _, q_tiles, row_words = mask_shape(batch, heads, seqlen_q, seqlen_k)
-    k_tiles = tiles(seqlen_k)
+    q_tiles, k_tiles = tiles(seqlen_q), tiles(seqlen_k)
     if k_tiles > MAX_KEY_TILES:
         raise ValueError(f"seqlen_k is {seqlen_k}; at most {MAX_KEY_TILES * TILE} keys have a tile number")
+    sizes = _Sizes(heads, seqlen_q, seqlen_k, q_tiles, k_tiles, batch * heads * q_tiles, -(-k_tiles // WORD_BITS),
+                   -(-k_tiles // 16) * 16)
     device = q.device
     arch = architecture(device)
     config = config or launch_config(CallKind(arch, head_dim, q.dtype, recording, int8))
-    n_rows = batch * heads * q_tiles
-    list_stride = -(-k_tiles // 16) * 16
-    ragged = seqlen_k % TILE != 0
-    # The kernel does not know which tiles must stay: with such ranges every tile is computed.
-    branch = recording and skip_now and must_keep is None and config.branch and not mass
-    if int8:
-        threshold -= INT8_GUARD
-    tensor_cores = "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"
+    precision = "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        q_scale = k_scale = v_scale = out
+        scales = out, out, out
         if int8:
-            q, k, v, q_scale, k_scale, v_scale = _int8_copies(q, k, v, config.pv_fp16, workspace)
-        table = lists = counts = order = out
-        turn = cost_classes = 0
-        counted = False
+            threshold -= INT8_GUARD
+            q, k, v, *scales = _int8_copies(q, k, v, config.pv_fp16, workspace)
+        lists = _TileLists(out, out, out, out, 0, 0)
+        counted = None
         try:
             if rows is not None:
-                table = workspace.row_table(
-                    tuple((m.words[r].data_ptr(), int(b)) for (m, r), b in zip(rows, backwards, strict=True)), device)
-                lists = workspace.buffer("list", n_rows * list_stride, torch.int16, device)
-                counts = order = workspace.buffer("count", n_rows, torch.int32, device)
-                if seqlen_q < COST_ORDER_MAX_TOKENS:
-                    cost_classes = COST_CLASSES
-                    order = workspace.cost_order((2 + n_rows) * COST_CLASSES, device)
-                    turn = workspace.cost_order_turn[device]
-                must = table if must_keep is None or not recording else workspace.must_words(
-                    must_keep, seqlen_q, seqlen_k, device)
-                _launch(workspace, expand_kernel, n_rows,
-                        (table, must, lists, counts, order, table if computed is None else computed), (),
-                        (heads, n_rows, q_tiles, k_tiles, row_words, list_stride,
-                         0 if computed is None else computed.numel(), turn),
-                        (must is not table, ragged, recording, computed is not None, cost_classes,
-                         8 if row_words <= 8 else 32), 4, 2)
-                counted = computed is not None
-                if cost_classes:
-                    workspace.cost_order_turn[device] = 1 - turn
+                lists = _expand(rows, backwards, recording, must_keep, workspace, computed, sizes, device)
+                counted = computed
             elif computed is not None:
-                computed.view(-1)[:1].add_(n_rows * k_tiles)
-            strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-            tma = config.tma and _has_descriptors(k) and _has_descriptors(v)
-            if tma:
-                k, v = _descriptor(k, config.BLOCK_N), _descriptor(v, config.BLOCK_N)
-            d_main = 64 if head_dim == 96 else head_dim
-            _launch(workspace, attention_kernel, n_rows * (TILE // config.BLOCK_M),
-                    (q, k, v, out, out if lse is None else lse, q_scale, k_scale, v_scale, table, lists, counts, order),
-                    strides,
-                    (sm_scale * _LOG2E, 2.0 ** threshold if mass else threshold, heads, n_rows, seqlen_q,
-                     seqlen_k, q_tiles, k_tiles, row_words, list_stride, turn),
-                    (TILE, config.BLOCK_M, config.BLOCK_N, d_main, head_dim - d_main, rows is None, ragged,
-                     cost_classes, config.record if recording else 0, recording and mass, branch, tma, int8,
-                     int8 and config.pv_fp16, lse is not None, tensor_cores, config.num_stages), config.num_warps, config.num_stages)
+                computed.view(-1)[:1].add_(sizes.n_rows * k_tiles)
+            # The kernel does not know which tiles must stay: with such ranges every tile is computed.
+            branch = recording and skip_now and must_keep is None and config.branch and not mass
+            _attend(q, k, v, out, lse, scales, lists, sizes, workspace, config,
+                    (sm_scale * _LOG2E, 2.0 ** threshold if mass else threshold),
+                    (rows is None, config.record if recording else 0, recording and mass, branch, int8), precision)
         except Exception:
-            if counted:
+            if counted is not None:
                 with suppress(RuntimeError):  # a device that has failed refuses this too
-                    computed.view(-1)[:1].sub_(counts[:n_rows].sum())
+                    counted.view(-1)[:1].sub_(lists.counts[:sizes.n_rows].sum())
             if recording:
                 for m, _ in rows:
                     m.reset()
             raise
 
 
-def _launch(workspace: Workspace, kernel: JITFunction, programs: int, pointers: tuple[Tensor | TensorDescriptor, ...],
-            strides: tuple[int, ...], scalars: tuple[int | float, ...], constants: tuple, num_warps: int,
-            num_stages: int) -> None:
-    """Launch a kernel with its parameters in order. Calls that Triton compiles alike go around its search for the
-    compiled kernel, which costs 20 us each.
+def _expand(rows: list, backwards: list[bool], recording: bool, must_keep: MustKeep | None, workspace: Workspace,
+            computed: Tensor | None, sizes: _Sizes, device: torch.device) -> _TileLists:
+    """First launch: mask bits to tile lists."""
+    table = workspace.row_table(
+        tuple([(m.words[r].data_ptr(), int(b)) for (m, r), b in zip(rows, backwards, strict=True)]), device)
+    must = table if must_keep is None or not recording else workspace.must_words(
+        must_keep, sizes.seqlen_q, sizes.seqlen_k, device)
+    lists = workspace.buffer("list", sizes.n_rows * sizes.list_stride, torch.int16, device)
+    counts = order = workspace.buffer("count", sizes.n_rows, torch.int32, device)
+    turn = cost_classes = 0
+    if sizes.seqlen_q < COST_ORDER_MAX_TOKENS:
+        cost_classes = COST_CLASSES
+        order = workspace.cost_order((2 + sizes.n_rows) * COST_CLASSES, device)
+        turn = workspace.cost_order_turn[device]
+    _launch(workspace, expand_kernel, sizes.n_rows,
+            () if computed is None else (computed,),
+            (*(() if computed is not None else (table,)), table, must, lists, counts, order), (),
+            (sizes.heads, sizes.n_rows, sizes.q_tiles, sizes.k_tiles, sizes.row_words, sizes.list_stride,
+             0 if computed is None else computed.numel(), turn),
+            (must is not table, sizes.seqlen_k % TILE != 0, recording, computed is not None, cost_classes,
+             8 if sizes.row_words <= 8 else 32), 4, 2)
+    if cost_classes:
+        workspace.cost_order_turn[device] = 1 - turn
+    return _TileLists(table, lists, counts, order, turn, cost_classes)
 
-    Alike: types and alignment of the pointers, strides and constants agree; the scalars are not specialised.
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scales: tuple[Tensor, Tensor, Tensor],
+            lists: _TileLists, sizes: _Sizes, workspace: Workspace, config: LaunchConfig,
+            factors: tuple[float, float], form: tuple[bool, int, bool, bool, bool], precision: str) -> None:
+    """Last launch. factors: qk_scale and threshold; form: DENSE, RECORD, MASS, BRANCH, INT8 of `attention_kernel`."""
+    dense, record, mass, branch, int8 = form
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
+    tma = config.tma and _has_descriptors(k) and _has_descriptors(v)
+    if tma:
+        k, v = _descriptor(k, config.BLOCK_N), _descriptor(v, config.BLOCK_N)
+    head_dim = q.shape[-1]
+    d_main = 64 if head_dim == 96 else head_dim
+    _launch(workspace, attention_kernel, sizes.n_rows * (TILE // config.BLOCK_M),
+            (q, k, v, out), (out if lse is None else lse, *scales, lists.table, lists.lists, lists.counts, lists.order),
+            strides,
+            (*factors, sizes.heads, sizes.n_rows, sizes.seqlen_q, sizes.seqlen_k, sizes.q_tiles, sizes.k_tiles,
+             sizes.row_words, sizes.list_stride, lists.turn),
+            (TILE, config.BLOCK_M, config.BLOCK_N, d_main, head_dim - d_main, dense, sizes.seqlen_k % TILE != 0,
+             lists.cost_classes, record, mass, branch, tma, int8, int8 and config.pv_fp16, lse is not None, precision,
+             config.num_stages), config.num_warps, config.num_stages)
+
+
+def _launch(workspace: Workspace, kernel: JITFunction, programs: int, given: tuple[Tensor | TensorDescriptor, ...],
+            own: tuple[Tensor, ...], strides: tuple[int, ...], scalars: tuple[int | float, ...], constants: tuple,
+            num_warps: int, num_stages: int) -> None:
+    """Launch a kernel with its parameters in order: tensors from outside, tensors allocated here, numbers, constants.
+    Calls that Triton compiles alike go around its search for the compiled kernel, which costs 20 us each.
+
+    Alike: device, types and alignment of what comes from outside, strides and constants agree. What is allocated here
+    is aligned and has the type that the constants tell; the scalars are not specialised.
     """
-    alike = (kernel.__name__, pointers[0].device, constants, strides, num_warps, num_stages,
+    alike = (kernel.__name__, own[0].device, constants, strides, num_warps, num_stages,
              *[(x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else (x.base.dtype, *x.block_shape)
-               for x in pointers])
+               for x in given])
     compiled = workspace.compiled.get(alike)
     if compiled is not None:
-        compiled[(programs, 1, 1)](*pointers, *strides, *scalars, *constants)
+        compiled[(programs, 1, 1)](*given, *own, *strides, *scalars, *constants)
         return
-    compiled = kernel[(programs,)](*pointers, *strides, *scalars, *constants, num_warps=num_warps,
+    compiled = kernel[(programs,)](*given, *own, *strides, *scalars, *constants, num_warps=num_warps,
                                    num_stages=num_stages)
     if _REUSES_COMPILED and isinstance(compiled, CompiledKernel):
         workspace.compiled[alike] = compiled
@@ -153,10 +195,10 @@ def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool, workspace: Works
     v_scale = empty(torch.float32, k_tiles) if v_fp16 else k_scale
     sums = empty(torch.float32, n_chunks, head_dim)
     d_padded = 64 if head_dim == 64 else 128
-    _launch(workspace, channel_sum_kernel, batch * heads * n_chunks, (k, sums), k.stride()[:3],
+    _launch(workspace, channel_sum_kernel, batch * heads * n_chunks, (k,), (sums,), k.stride()[:3],
             (heads, seqlen_k, n_chunks), (MEAN_CHUNK, 64, head_dim, d_padded), 8, 2)
     _launch(workspace, quantize_kernel, batch * heads * max(q_tiles, k_tiles),
-            (q, k, v, sums, q8, k8, v16, q_scale, k_scale, v_scale),
+            (q, k, v), (sums, q8, k8, v16, q_scale, k_scale, v_scale),
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             (heads, seqlen_q, seqlen_k, q_tiles, k_tiles, n_chunks), (TILE, head_dim, d_padded, v_fp16), 8, 2)
     return q8, k8, v16, q_scale, k_scale, v_scale
@@ -164,16 +206,19 @@ def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool, workspace: Works
 
 def _has_descriptors(x: Tensor) -> bool:
     """Whether TMA can load x [B, H, N, D]: 16-byte alignment, no broadcast, and a head_dim that is one block wide."""
-    if x.shape[-1] not in (64, 128) or x.data_ptr() % 16:
-        return False
-    return all(n == 1 or (stride > 0 and stride * x.itemsize % 16 == 0)
-               for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    n_b, n_h, n_n, head_dim = x.shape
+    s_b, s_h, s_n, _ = x.stride()
+    aligned = 16 // x.itemsize
+    return (head_dim in (64, 128) and x.data_ptr() % 16 == 0 and (n_b == 1 or (s_b > 0 and s_b % aligned == 0))
+            and (n_h == 1 or (s_h > 0 and s_h % aligned == 0)) and (n_n == 1 or (s_n > 0 and s_n % aligned == 0)))
 
 
 def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor:
-    # The stride of a dimension of one element is arbitrary; TMA wants it aligned all the same.
-    strides = [16 if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    n_b, n_h, n_n, head_dim = x.shape
+    s_b, s_h, s_n, _ = x.stride()
     descriptor = object.__new__(TensorDescriptor)  # its own checks are those of `_has_descriptors`, at 7 us
-    descriptor.base, descriptor.shape, descriptor.strides = x, list(x.shape), [*strides, 1]
-    descriptor.block_shape, descriptor.padding = [1, 1, block_n, x.shape[-1]], "zero"
+    descriptor.base, descriptor.shape, descriptor.padding = x, [n_b, n_h, n_n, head_dim], "zero"
+    # The stride of a dimension of one element is arbitrary; TMA wants it aligned all the same.
+    descriptor.strides = [16 if n_b == 1 else s_b, 16 if n_h == 1 else s_h, 16 if n_n == 1 else s_n, 1]
+    descriptor.block_shape = [1, 1, block_n, head_dim]
     return descriptor

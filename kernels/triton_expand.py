@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["n_heads", "n_rows", "q_tiles", "k_tiles", "row_words", "list_stride", "slots",
                                "order_turn"])
-def expand_kernel(rows_ptr, must_ptr, list_ptr, count_ptr, order_ptr, computed_ptr,
+def expand_kernel(computed_ptr, rows_ptr, must_ptr, list_ptr, count_ptr, order_ptr,
                   n_heads, n_rows, q_tiles, k_tiles, row_words, list_stride, slots, order_turn,
                   HAS_MUST: tl.constexpr, RAGGED: tl.constexpr, REWRITE: tl.constexpr, COUNTS: tl.constexpr,
                   COST_CLASSES: tl.constexpr, CHUNK: tl.constexpr):
