@@ -156,3 +156,44 @@ def test_must_keep_ranges_add_up(n, data):
 def test_bad_ranges_name_themselves(name, span):
     with pytest.raises(ValueError, match=rf"must_keep.{name} holds"):
         MustKeep(**{name: (span,)}).tile_mask(300, 300)
+
+
+@pytest.mark.parametrize("n_q, n_k", [(640, 640), (1300, 4200), (100, 100)])
+@pytest.mark.parametrize("every", [1, 2, 3, 16])
+def test_reopening_takes_each_query_tile_in_turn(n_q, n_k, every):
+    bits = torch.rand(2, 3, tiles(n_q), tiles(n_k), generator=torch.Generator().manual_seed(0)) < 0.4
+    mask = SkipMask.from_bool(bits, n_q, n_k)
+    seen = torch.zeros(tiles(n_q), dtype=torch.int64)
+    for turn in range(every, 2 * every):
+        before = mask.to_bool()
+        opened = mask.reopen(every, turn)
+        now = mask.to_bool()
+        chosen = torch.arange(tiles(n_q)) % every == turn % every
+        assert now[:, :, chosen].all() and torch.equal(now[:, :, ~chosen], before[:, :, ~chosen])
+        assert opened.tiles == now[:, :, chosen].numel()
+        assert opened.dropped() == (~before[:, :, chosen]).sum()
+        assert opened.came_back() == opened.dropped(), "nothing has been judged since"
+        assert SkipMask.from_bool(now, n_q, n_k).words.equal(mask.words)
+        seen += chosen
+    assert (seen == 1).all()
+
+
+def test_what_matters_after_all_comes_back(backend, device):
+    """A mask emptied by mistake: reopened rows are judged anew, and the books say how many tiles returned."""
+    import kernel_oracle as oracle
+
+    from liteattention.kernels import lite_attention
+
+    place = device if backend == "triton" else "cpu"
+    inputs = [x.to(place) for x in oracle.make(1, 1, 512, 512, 64, torch.float16)]
+    right = SkipMask.full(1, 1, 512, device=place)
+    lite_attention(*inputs, right, threshold=-4.0, backend=backend)
+    wrong = SkipMask.from_bool(torch.eye(4, dtype=torch.bool)[None, None], 512, 512).to(place)
+    returned = 0
+    for turn in range(2):
+        opened = wrong.reopen(2, turn)
+        wrong.passes = [0]
+        lite_attention(*inputs, wrong, threshold=-4.0, backend=backend)
+        assert 0 < opened.came_back() < opened.dropped()
+        returned += int(opened.came_back())
+    assert torch.equal(wrong.words, right.words) and returned == right.active_tiles() - 4
