@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..runtime import AttentionCall, LiteAttentionConfig, Receipt, RunHandle, Session, StepReport
+from ..runtime import AttentionCall, BreakEvens, LiteAttentionConfig, Receipt, RunHandle, Session, StepReport
 from . import model_call, progress
 from .compat import allocation_guard
 
@@ -64,9 +66,26 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY,
-                                 make_run_wrapper(config, owner, node_id, handle or RunHandle()))
+                                 make_run_wrapper(config, owner, node_id, handle or RunHandle(), break_evens(previous)))
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
     return patched
+
+
+@cache
+def _timed() -> tuple[BreakEvens, weakref.WeakKeyDictionary[Callable, BreakEvens]]:
+    """What the runs of this process have timed: ComfyUI's own attention, and each override that was found."""
+    return BreakEvens(), weakref.WeakKeyDictionary()
+
+
+def break_evens(previous: Callable | None) -> BreakEvens:
+    """Where runs with this previous attention share what they time: it depends on nothing that a prompt changes."""
+    own, overrides = _timed()
+    if previous is None:
+        return own
+    try:
+        return overrides.setdefault(previous, BreakEvens())
+    except TypeError:  # neither hashable nor weakly referable: for this application of the node only
+        return BreakEvens()
 
 
 def make_override(previous: Callable | None, owner: object) -> Callable:
@@ -114,13 +133,14 @@ def apply_model(executor: Callable, x: torch.Tensor, t: torch.Tensor, c_concat: 
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
 
-def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | None, handle: RunHandle) -> Callable:
+def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | None, handle: RunHandle,
+                     timed: BreakEvens | None = None) -> Callable:
     """OUTER_SAMPLE wrapper: a session per sampling run, freed however the run ends."""
 
     def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None,
                      disable_pbar=False, seed=None, **kwargs):
         guider = executor.class_obj
-        session = Session(config, max(1, len(sigmas) - 1), allocating=allocation_guard,
+        session = Session(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed,
                           on_step=lambda report: _show_step(report, node_id))
         original_options = guider.model_options
         try:

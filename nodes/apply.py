@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..host import attach
 from ..runtime import LiteAttentionConfig, RunHandle, parse_blocks
 from ..runtime.config import (
+    PRECISIONS,
     STATE_MB_DEFAULT,
     STATE_MB_MAX,
     STATE_MB_MIN,
@@ -68,6 +69,15 @@ class LiteAttention(io.ComfyNode):
                     "log_details", default=False, advanced=True,
                     tooltip="Also writes the run's account to the log as JSON and times attention, which slows a GPU "
                             "a little. For reports and comparisons."),
+                io.Combo.Input(
+                    "precision", options=list(PRECISIONS), default="auto", advanced=True,
+                    tooltip="How q and k are multiplied. full: as the model gives them. int8: from INT8 copies, a "
+                            "little less exact, on NVIDIA GPUs where that can be faster. auto: int8 on GeForce RTX "
+                            "cards from 12288 tokens on, full elsewhere."),
+                io.Boolean.Input(
+                    "never_slower", default=True, advanced=True,
+                    tooltip="On a GPU, layers that skip too little to be faster go to the attention that was there "
+                            "before; every 4th step is tried again. Off: every layer stays with LiteAttention."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The patched model; the input model stays as it was."),
@@ -91,8 +101,9 @@ class LiteAttention(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, threshold: float, warmup_steps: int, dense_end_steps: int = 0, dense_blocks: str = "",
-                min_tokens: int = 0, max_state_mb: int = STATE_MB_DEFAULT, log_details: bool = False) -> io.NodeOutput:
+                min_tokens: int = 0, max_state_mb: int = STATE_MB_DEFAULT, log_details: bool = False,
+                precision: str = "auto", never_slower: bool = True) -> io.NodeOutput:
         config = LiteAttentionConfig(threshold, warmup_steps, dense_end_steps, dense_blocks, min_tokens, max_state_mb,
-                                     log_details)
+                                     log_details, precision, never_slower)
         handle = RunHandle()
         return io.NodeOutput(attach(model, config, node_id=cls.hidden.unique_id, handle=handle), handle)

@@ -6,6 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from ..kernels import PRECISIONS
+
 THRESHOLD_MIN, THRESHOLD_MAX, THRESHOLD_DEFAULT = -30.0, 0.0, -10.0
 STEPS_MAX = 100
 STATE_MB_MIN, STATE_MB_MAX, STATE_MB_DEFAULT = 16, 65536, 512
@@ -26,6 +28,8 @@ class LiteAttentionConfig:
         min_tokens: shorter calls stay dense; 0 chooses by device.
         max_state_mb: most memory (MB of 2^20 bytes) that skip masks may take.
         log_details: also log the receipt as JSON and time attention (which synchronises on a GPU).
+        precision: "auto", "full" or "int8" (see `precision_choice`).
+        never_slower: layers that stay too dense to gain go to the previous attention.
 
     Raises:
         ValueError: naming the input, its value and what is allowed.
@@ -38,6 +42,8 @@ class LiteAttentionConfig:
     min_tokens: int = 0
     max_state_mb: int = STATE_MB_DEFAULT
     log_details: bool = False
+    precision: str = "auto"
+    never_slower: bool = True
 
     def __post_init__(self) -> None:
         problem = threshold_problem(self.threshold)
@@ -48,6 +54,10 @@ class LiteAttentionConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; it is a whole number from {low} to {high}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; allowed: {', '.join(PRECISIONS)}.")
+        if not isinstance(self.never_slower, bool):
+            raise ValueError(f"never_slower is {self.never_slower!r}; allowed: True, False.")
         parse_blocks(self.dense_blocks)
 
 

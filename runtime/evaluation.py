@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernels import SkipMask, UnsupportedAttention, call_tiles, lite_attention
 from . import policy
 from .call import AttentionCall
+from .dispatch import DENSE, OURS, CallShape
 from .schedule import Phase
 from .state import LayerKey
 
@@ -65,7 +66,9 @@ class Evaluation:
             tiles = call_tiles(call.batch, call.heads, call.seqlen_q, call.seqlen_k)
             session.statistics.count_taken(self.number, tiles, call.seqlen_q, self._clock(call) - started)
             return out
-        out = previous()
+        comparable = reason in (Phase.WARMUP.value, policy.DENSE_BLOCK, policy.DENSE_FASTER)
+        with session.dispatcher.timed(self._shape(call) if comparable else None, DENSE, call.batch):
+            out = previous()
         dense_tiles = call_tiles(call.batch, call.heads, call.seqlen_q, call.seqlen_k) if over_video else 0
         session.statistics.count_left(self.number, reason, dense_tiles, self._clock(call) - started)
         return out
@@ -103,6 +106,9 @@ class Evaluation:
         self._ordinals[str(layer)] += 1
         if session.masks.is_dense(key):
             return None, policy.OVER_STATE_LIMIT
+        density = session.statistics.density(key, device)
+        if session.dispatcher.prefers_previous(key, self._shape(call), density):
+            return None, policy.DENSE_FASTER
         try:
             masks = session.masks.masks(key, self.rows, call.heads, call.seqlen_q, call.head_dim, call.q.dtype)
         except Exception as error:
@@ -113,30 +119,43 @@ class Evaluation:
         for line in session.masks.restarts[:]:
             session.masks.restarts.remove(line)
             session.note(f"starting fresh: layer {line}")
-        first = not all(mask.passes[0] for mask in masks)
+        fresh = sum(not mask.passes[0] for mask in masks)
         if session.phase() is Phase.RECORD:
-            if not first:
+            if not fresh:
                 return None, Phase.WARMUP.value
             # Rows recorded at different evaluations of this step: the step stays dense for all of them.
             for mask in masks:
                 mask.reset()
-        out, reason = self._run(call, key, masks)
-        if out is not None and first:
+            fresh = call.batch
+        out, reason = self._run(call, key, masks, fresh)
+        if out is not None:
+            row_tiles = call_tiles(1, call.heads, call.seqlen_q, call.seqlen_k)
+            session.statistics.count_layer(key, device, call.batch * row_tiles, fresh * row_tiles)
+        if out is not None and fresh:
             for name in session.masks.enforce_limit():
                 session.note(f"masks reached max_state_mb = {session.config.max_state_mb}: layer {name}, which skips "
                              "least, stays dense")
         return out, reason
 
-    def _run(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask]) -> tuple[Tensor | None, str | None]:
+    def _run(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask],
+             fresh: int) -> tuple[Tensor | None, str | None]:
+        """As `_take`; `fresh` rows record for the first time."""
         session = self.session
-        device = key.device
+        # A call that computes every tile can be compared with a dense one.
+        shape = self._shape(call) if fresh == call.batch else None
         try:
-            out = lite_attention(
-                call.q, call.k, call.v, masks, heads=call.packed_heads, sm_scale=call.sm_scale,
-                threshold=session.config.threshold,
-                must_keep=policy.must_keep_tokens(call.seqlen_q, self.latent_tokens),
-                backend=session.backend(device), workspace=session.workspace(device),
-                computed=session.statistics.counter(device))
+            precision = self._precision(call)
+            try:
+                with session.dispatcher.timed(shape, OURS, call.batch) as timed:
+                    out = self._attention(call, key, masks, bool(fresh) and not timed, precision)
+            except Exception as error:
+                if not policy.is_out_of_memory(error) or precision != "int8":
+                    raise
+                out = None
+            # Outside the handler: its traceback would keep the copies that did fit.
+            if out is None:
+                session.stop_int8()
+                out = self._attention(call, key, masks, bool(fresh), "full")
         except UnsupportedAttention as error:
             session.note(f"layer {key.name} left as it was: {error}")
             return None, error.reason
@@ -146,6 +165,30 @@ class Evaluation:
                 raise
             return None, self._give_up(key, error)
         return call.restore(out), None
+
+    def _attention(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask], skip_now: bool,
+                   precision: str) -> Tensor:
+        session = self.session
+        return lite_attention(
+            call.q, call.k, call.v, masks, heads=call.packed_heads, sm_scale=call.sm_scale,
+            threshold=session.config.threshold, skip_now=skip_now,
+            must_keep=policy.must_keep_tokens(call.seqlen_q, self.latent_tokens), precision=precision,
+            backend=session.backend(key.device), workspace=session.workspace(key.device),
+            computed=session.statistics.counters(key, key.device))
+
+    def _precision(self, call: AttentionCall) -> str:
+        return self.session.precision(call.q.device, call.head_dim, call.q.dtype, call.seqlen_k)
+
+    def _shape(self, call: AttentionCall) -> CallShape | None:
+        """What a comparison with the previous attention depends on; None where there is nothing to compare."""
+        device = call.q.device
+        if not self.session.dispatcher.enabled or self.session.failed or self.session.backend(device) is None:
+            return None
+        try:
+            precision = self._precision(call)
+        except Exception:  # the call itself meets it again, where it is noted
+            return None
+        return CallShape(device, call.heads, call.seqlen_q, call.head_dim, call.q.dtype, precision)
 
     def _give_up(self, key: LayerKey, error: Exception) -> str:
         """Leave every further call of the run to the previous attention, and say why."""

@@ -21,6 +21,7 @@ OVER_STATE_LIMIT = "over max_state_mb"
 NO_MEMORY = "no memory for the skip mask"
 KERNEL_FAILED = "the kernel failed in this run"
 NO_BACKEND = "no fast backend on this device"
+DENSE_FASTER = "dense attention is faster here"
 
 AUTO_MIN_TOKENS = {"cpu": 1024}
 AUTO_MIN_TOKENS_DEFAULT = 4096

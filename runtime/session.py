@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from ..kernels import Workspace, resolve_backend
+from ..kernels import Workspace, precision_choice, resolve_backend
 from .config import LiteAttentionConfig, parse_blocks
+from .dispatch import BreakEvens, Dispatcher
 from .evaluation import Evaluation
 from .schedule import Phase, StepPlan
 from .state import MB, MaskTable
@@ -38,11 +39,14 @@ class Session:
         total_steps: steps of this run.
         on_step: called with the report of each step.
         allocating: gives a context manager to hold around allocations that outlive a call.
+        break_evens: what earlier runs with the same previous attention have timed, and where this one adds. None
+            does without `never_slower`.
     """
 
     def __init__(self, config: LiteAttentionConfig, total_steps: int, *,
                  on_step: Callable[[StepReport], None] | None = None,
-                 allocating: Callable[[], AbstractContextManager] = nullcontext):
+                 allocating: Callable[[], AbstractContextManager] = nullcontext,
+                 break_evens: BreakEvens | None = None):
         self.config = config
         self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps)
         self.dense_blocks = parse_blocks(config.dense_blocks)
@@ -50,10 +54,12 @@ class Session:
         self.statistics = Statistics(allocating)
         self.step = 0
         self.failed = False
+        self.dispatcher = Dispatcher(break_evens if config.never_slower else None, self.note)
         self._on_step = on_step
         self._allocating = allocating
         self._workspaces: dict[torch.device, Workspace] = {}
         self._backends: dict[torch.device, str | None] = {}
+        self._int8_failed = False
         self._notes: list[str] = []
         self._lock = threading.Lock()
         self._evaluation_numbers = itertools.count()
@@ -80,6 +86,7 @@ class Session:
         """The sampler has finished `step` (counted from 0)."""
         phase = self.phase()
         skipped = self.statistics.end_step(self.step)
+        self.dispatcher.end_step()
         report = StepReport(self.step + 1, self.plan.total_steps, skipped, self.statistics.skipped_so_far(),
                             self.masks.nbytes, phase.value)
         self.step = max(self.step, step + 1)
@@ -110,6 +117,21 @@ class Session:
         with self._lock:
             self._backends[device] = name
         return name
+
+    def precision(self, device: torch.device, head_dim: int, dtype: torch.dtype, seqlen: int) -> str:
+        """"full" or "int8": how the run computes q·k in calls of these shapes. INT8 that was asked for and is not taken
+        is noted once."""
+        if self._int8_failed:
+            return "full"
+        choice = precision_choice(device, head_dim, dtype, seqlen, self.config.precision, self.backend(device) or "")
+        if choice.reason:
+            self.note(f"precision is full, not int8. {choice.reason}")
+        return choice.name
+
+    def stop_int8(self) -> None:
+        """No memory for INT8 copies: compute in full precision from here on."""
+        self._int8_failed = True
+        self.note("no memory for the INT8 copies of q and k; precision is full for the rest of this run")
 
     def note(self, text: str) -> None:
         """Log a line once per run and keep it for the receipt."""
@@ -151,4 +173,4 @@ class Session:
             attention_seconds=statistics.seconds if self.config.log_details else None,
             state_bytes=self.masks.peak_bytes, tokens=statistics.tokens,
             backend=", ".join(backends) or "no backend used",
-            dense_layers=self.masks.dense_layers, notes=list(self._notes))
+            dense_layers=self.masks.dense_layers, break_evens=self.dispatcher.report(), notes=list(self._notes))

@@ -11,7 +11,13 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from . import policy
+
 MB = 2**20
+COUNTERS = 32
+"""Counters per layer: thousands of programs that add to one address would wait for each other."""
+LAYERS_PER_BLOCK = 64
+"""Layers that get their counters in one allocation. Blocks never move: a call may be adding to one."""
 
 
 def bytes_text(nbytes: int) -> str:
@@ -59,6 +65,8 @@ class Receipt:
         attention_seconds: time inside those self-attention calls, taken and left; None unless details are logged.
         state_bytes: peak memory of the skip masks.
         dense_layers: layers left dense because the masks would have exceeded max_state_mb.
+        break_evens: for each shape of call, the share of active tiles above which the previous attention is faster,
+            and where that is known from (`BreakEven`); empty without never_slower.
         plan: what the settings meant for this run.
         notes: things that happened once and are worth a line.
     """
@@ -78,6 +86,7 @@ class Receipt:
     backend: str
     dense_layers: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    break_evens: list[dict] = field(default_factory=list)
 
     @property
     def skipped(self) -> float:
@@ -98,6 +107,9 @@ class Receipt:
                  f"{self.taken} of {self.taken + sum(self.left.values())} attention calls taken"
                  + (f", left as they were: {left}" if left else ""),
                  self.plan, f"state {bytes_text(self.state_bytes)}", self.backend]
+        if policy.DENSE_FASTER in self.left:
+            known = dict.fromkeys(f"{known['density']:.0%} ({known['source']})" for known in self.break_evens)
+            parts.append(f"dense attention is faster above {', '.join(known)} of the tiles")
         if self.attention_seconds is not None:
             parts.append(f"self-attention took {self.attention_seconds:.2f} s")
         if self.dense_layers:
@@ -105,8 +117,29 @@ class Receipt:
         return "; ".join([*parts, *self.notes])
 
 
+@dataclass
+class _Layer:
+    """A layer's counters [COUNTERS] and its calls of the open step.
+
+    Attributes:
+        tiles, fresh: of those calls; fresh ones belong to rows whose mask had not recorded yet.
+        density: active share when last seen with a recorded mask.
+    """
+
+    counters: Tensor
+    tiles: int = 0
+    fresh: int = 0
+    density: float | None = None
+
+    def close_step(self, computed: int) -> None:
+        # Fresh rows compute every tile, so what is left of the count belongs to the others.
+        if self.tiles > self.fresh:
+            self.density = (computed - self.fresh) / (self.tiles - self.fresh)
+        self.tiles = self.fresh = 0
+
+
 class Statistics:
-    """Counts of a run. Computed tiles are summed on their device and read once per step.
+    """Counts of a run. Computed tiles are summed on their device, by layer, and read once per step.
 
     Locked, because several devices may report at once.
 
@@ -123,7 +156,8 @@ class Statistics:
         self.tiles_total = 0
         self.per_step: dict[int, list[int]] = {}
         self._evaluations: set[Hashable] = set()
-        self._counters: dict[torch.device, Tensor] = {}
+        self._counters: dict[torch.device, list[Tensor]] = {}
+        self._layers: dict[torch.device, dict[Hashable, _Layer]] = {}
         self._lock = threading.Lock()
         self._allocating = allocating
         self._open = [0, 0]
@@ -133,16 +167,33 @@ class Statistics:
         """Model evaluations in which attention was called."""
         return len(self._evaluations)
 
-    def counter(self, device: torch.device) -> Tensor:
-        """int64 [1] on `device`, to which calls add the tiles they computed."""
+    def counters(self, layer: Hashable, device: torch.device) -> Tensor:
+        """int64 [COUNTERS] on `device`, to which calls of this layer add the tiles they computed."""
         with self._lock:
-            if device not in self._counters:
-                with self._allocating(), torch.inference_mode(False):
-                    self._counters[device] = torch.zeros(1, dtype=torch.int64, device=device)
-            return self._counters[device]
+            layers = self._layers.setdefault(device, {})
+            if layer not in layers:
+                blocks = self._counters.setdefault(device, [])
+                with torch.inference_mode(False):
+                    if len(layers) == len(blocks) * LAYERS_PER_BLOCK:
+                        with self._allocating():
+                            blocks.append(torch.zeros(LAYERS_PER_BLOCK, COUNTERS, dtype=torch.int64, device=device))
+                    layers[layer] = _Layer(blocks[-1][len(layers) % LAYERS_PER_BLOCK])
+            return layers[layer].counters
+
+    def count_layer(self, layer: Hashable, device: torch.device, tiles: int, fresh: int) -> None:
+        """A call whose computed tiles are in `counters`; `fresh` of its tiles are of rows that recorded first."""
+        with self._lock:
+            entry = self._layers[device][layer]
+            entry.tiles += tiles
+            entry.fresh += fresh
+
+    def density(self, layer: Hashable, device: torch.device) -> float | None:
+        """Active share of the layer's tiles in the last closed step that ran on its mask, or None before that."""
+        entry = self._layers.get(device, {}).get(layer)
+        return entry.density if entry is not None else None
 
     def count_taken(self, evaluation: Hashable, tiles: int, tokens: int, seconds: float) -> None:
-        """A call that skip-mask attention served; its computed tiles are in `counter`."""
+        """A call that skip-mask attention served; its computed tiles are in `counters`."""
         with self._lock:
             self._evaluations.add(evaluation)
             self.taken += 1
@@ -164,9 +215,15 @@ class Statistics:
         """Close the books of a step (counted from 0) and give its skipped share. Synchronises once per device."""
         with self._lock:
             computed, total = self._open
-            for counter in self._counters.values():
-                computed += int(counter.item())
-                counter.zero_()
+            for device, blocks in self._counters.items():
+                if not blocks:
+                    continue
+                counted = torch.cat(blocks).sum(1).tolist()
+                for block in blocks:
+                    block.zero_()
+                computed += sum(counted)
+                for layer, tiles in zip(self._layers[device].values(), counted, strict=False):
+                    layer.close_step(tiles)
             self._open = [0, 0]
             entry = self.per_step.setdefault(step, [0, 0])
             entry[0] += computed
@@ -188,3 +245,4 @@ class Statistics:
     def close(self) -> None:
         """Let go of device memory."""
         self._counters.clear()
+        self._layers.clear()

@@ -75,7 +75,8 @@ def test_the_help_page_explains_every_reason_by_its_own_words():
     from liteattention.runtime import Phase
 
     shown = {policy.CROSS_ATTENTION, policy.EXTRA_PASS, policy.MOVING_WINDOWS, policy.NO_LAYER, policy.NO_BACKEND,
-             policy.OVER_STATE_LIMIT, policy.KERNEL_FAILED, policy.DENSE_BLOCK, Phase.WARMUP.value, Phase.END.value}
+             policy.OVER_STATE_LIMIT, policy.KERNEL_FAILED, policy.DENSE_FASTER, policy.DENSE_BLOCK,
+             Phase.WARMUP.value, Phase.END.value}
     assert not {reason for reason in shown if reason not in page}
     assert f"`{LiteAttentionConfig().threshold:g}` the default" in page
 

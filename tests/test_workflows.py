@@ -1,6 +1,7 @@
 """Shipped workflows: whole graphs, only core nodes and ours, our widgets in the order of the schema."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ def test_the_graph_is_whole(path):
     types = [node["type"] for node in graph["nodes"]]
     assert types.count("LiteAttention") == 1
     ours = next(node for node in graph["nodes"] if node["type"] == "LiteAttention")
-    threshold, warmup, end, blocks, tokens, state, details = ours["widgets_values"]
-    LiteAttentionConfig(float(threshold), warmup, end, blocks, tokens, state, details)
+    threshold, *others = ours["widgets_values"]
+    config = LiteAttentionConfig(float(threshold), *others)
+    widgets = [slot["widget"]["name"] for slot in ours["inputs"] if "widget" in slot]
+    assert widgets == [field.name for field in fields(config)] and len(ours["widgets_values"]) == len(widgets)
     model, = (link for link in graph["links"] if link[3] == ours["id"])
     sampler, = (link for link in graph["links"] if link[1] == ours["id"])
     assert "Sampling" in nodes[model[1]]["type"] and "Sampler" in nodes[sampler[3]]["type"], "last before the sampler"

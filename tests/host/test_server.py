@@ -22,6 +22,8 @@ EXPECTED_INPUTS = {
     "min_tokens": ("INT", 0, {"min": 0, "advanced": True}),
     "max_state_mb": ("INT", 512, {"advanced": True}),
     "log_details": ("BOOLEAN", False, {"advanced": True}),
+    "precision": ("COMBO", "auto", {"advanced": True, "options": ["auto", "full", "int8"]}),
+    "never_slower": ("BOOLEAN", True, {"advanced": True}),
 }
 
 
@@ -94,9 +96,13 @@ def test_tooltips_name_the_defaults_that_are_there(server):
              for name, (_, options) in inputs.items()}
     assert named.pop("threshold") == ["-10"] and not any(named.values())
     assert "never more than a quarter" in inputs["warmup_steps"][1]["tooltip"].lower()
+    from liteattention.kernels.precision import AUTO_INT8_MIN_TOKENS
+    from liteattention.runtime.dispatch import PROBE_EVERY
     from liteattention.runtime.policy import AUTO_MIN_TOKENS, AUTO_MIN_TOKENS_DEFAULT
 
     said = re.findall(r"(\d+) on a (CPU|GPU)", inputs["min_tokens"][1]["tooltip"])
+    assert f"{AUTO_INT8_MIN_TOKENS} tokens" in inputs["precision"][1]["tooltip"]
+    assert f"every {PROBE_EVERY}th step" in inputs["never_slower"][1]["tooltip"]
     assert said == [(str(AUTO_MIN_TOKENS["cpu"]), "CPU"), (str(AUTO_MIN_TOKENS_DEFAULT), "GPU")]
 
 
@@ -143,6 +149,7 @@ def test_prompts_in_a_row_are_each_as_if_alone(server, prompt):
     ("threshold", float("nan"), "log2 value from -30 to 0"),
     ("threshold", 4.0, "Did you mean -4.0?"),
     ("warmup_steps", -1, "smaller than min"),
+    ("precision", "fp8", "not in list"),
 ])
 def test_bad_values_are_refused_on_the_node_before_anything_runs(server, prompt, name, value, said):
     prompt["3"]["inputs"][name] = value

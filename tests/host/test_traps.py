@@ -190,8 +190,8 @@ def lasting_tensors(session):
         yield from workspace._buffers.items()
         for table in workspace._tables.values():
             yield "table", table
-    for counter in session.statistics._counters.values():
-        yield "counter", counter
+    for blocks in session.statistics._counters.values():
+        yield from (("counter", block) for block in blocks)
 
 
 def test_lasting_allocations_happen_while_comfyuis_recorder_is_paused(kit, sessions, monkeypatch):

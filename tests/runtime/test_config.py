@@ -27,6 +27,23 @@ def test_bad_whole_numbers_name_the_input(name, value):
         LiteAttentionConfig(**{name: value})
 
 
+@pytest.mark.parametrize("value", ["fp8", "", "INT8", None, 8])
+def test_bad_precisions_name_the_allowed_ones(value):
+    with pytest.raises(ValueError, match=rf"^precision is {value!r}; allowed: auto, full, int8\.$"):
+        LiteAttentionConfig(precision=value)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_never_slower_is_on_or_off(value):
+    with pytest.raises(ValueError, match=rf"^never_slower is {value!r}; allowed: True, False\.$"):
+        LiteAttentionConfig(never_slower=value)
+
+
+def test_new_settings_come_last_for_workflows_that_are_saved():
+    assert LiteAttentionConfig(-10.0, 2, 0, "", 0, 512, False) == LiteAttentionConfig()
+    assert (LiteAttentionConfig().precision, LiteAttentionConfig().never_slower) == ("auto", True)
+
+
 @pytest.mark.parametrize("text, total, blocks", [
     ("", 5, []),
     ("0-1, 38, -1", 40, [0, 1, 38, 39]),
