@@ -10,8 +10,8 @@ from .launch import architecture, is_geforce
 
 PRECISIONS = ("auto", "full", "int8")
 AUTO_INT8_MIN_TOKENS = 12288
-"""Below this the INT8 copies of q, k, v cost a share of the call that the faster products hardly earn back: 3 to 5 % at
-8k tokens, under 1 % at 75k (bytes moved; not yet measured)."""
+"""Below this the INT8 copies of q, k, v eat much of what the faster products save: at 8k tokens a tenth of a dense call
+and a third of one that skips 77 % (`benchmarks/machine_model.py` for an RTX 4090; not yet measured)."""
 
 INT8_GUARD = 0.5
 """log2. INT8 scores decide with a threshold lower by this much. An error of x in a score moves a skip test by up to

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .mask import TILE, MustKeep, pack_bits, tiles, unpack_words
+from .stand_in import Summary, raised, score_variance, summarize
 from .workspace import Workspace
 
 _CPU_CHUNK = 32
@@ -22,7 +23,8 @@ _SCORE_BUDGET = 64 * 2**20
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
                     backwards: list[bool] | None, threshold: float, recording: bool, must_keep: MustKeep | None,
-                    sm_scale: float, workspace: Workspace, computed: Tensor | None, mass: bool = False) -> None:
+                    sm_scale: float, workspace: Workspace, computed: Tensor | None, mass: bool = False,
+                    stand_in: bool = False) -> None:
     """`lite_attention` after its checks; writes `out` and `lse`, and the masks of `rows` while recording.
 
     q, k, v, out: [B, H, N, D] views; scores and softmax in float32 whatever the input dtype. `workspace` is not
@@ -43,8 +45,10 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
         for b in range(batch) for h in range(heads) for qt in range(q_tiles)
     ]
     keep = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=q.device) if recording else None
+    # Nothing to stand in for, and no decision to take: a summary would be for nothing.
+    summary = summarize(k, v) if stand_in and (recording or not active.all()) else None
     for group in _groups(lists, seqlen_q, q.device):
-        _attend(q, k, v, out, lse, group, threshold * math.log(2), sm_scale, keep, mass)
+        _attend(q, k, v, out, lse, group, threshold * math.log(2), sm_scale, keep, mass, summary)
     if computed is not None:
         computed.view(-1)[:1].add_(int(active.sum()))
     if recording:
@@ -69,6 +73,14 @@ class _TileList:
     @property
     def empty(self) -> bool:
         return not self.tail and not self.body.size
+
+    def skipped(self, key_tiles: int) -> np.ndarray:
+        """bool [KT], True where a tile is not active."""
+        skipped = np.ones(key_tiles, dtype=bool)
+        skipped[self.body] = False
+        if self.tail:
+            skipped[-1] = False
+        return skipped
 
     def visit_positions(self) -> np.ndarray:
         """Positions in `body`, in visit order: the own tile first, then ascending or descending."""
@@ -103,14 +115,14 @@ def _groups(lists: list[_TileList], seqlen_q: int, device: torch.device) -> list
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, group: list[_TileList],
-            threshold: float, sm_scale: float, keep: Tensor | None, mass: bool) -> None:
+            threshold: float, sm_scale: float, keep: Tensor | None, mass: bool, summary: Summary | None) -> None:
     """Attention of a group alike in tail and query rows, padded to its longest body. threshold: natural log."""
     rows = min(TILE, q.shape[2] - group[0].qt * TILE)
 
     def span(x: _TileList) -> slice:
         return slice(x.qt * TILE, x.qt * TILE + rows)
 
-    if group[0].empty:
+    if group[0].empty and summary is None:
         for x in group:
             out[x.b, x.h, span(x)] = 0
             if lse is not None:
@@ -130,8 +142,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, gr
         full = k.shape[2] // TILE * TILE
         keys, values = (_stack([t[x.b, x.h, full:] for x in group]).float() for t in (k, v))
         strength.append(softmax.add(keys, values, None))
-    if keep is not None:
-        _vote(torch.cat(strength, -1), body_len, threshold, group, keep, mass)
+    thresholds = torch.full_like(queries[..., :1], threshold)
+    if summary is not None:
+        variance = score_variance(queries, _stack([summary.spread[x.b, x.h] for x in group]))
+        thresholds = raised(threshold, variance)
+        softmax.add_stand_ins(summary, group, variance)
+    if keep is not None and strength:
+        _vote(torch.cat(strength, -1), body_len, thresholds, group, keep, mass)
     result, row_lse = softmax.finish()
     for i, x in enumerate(group):
         out[x.b, x.h, span(x)] = result[i].to(out.dtype)
@@ -182,6 +199,24 @@ class _OnlineSoftmax:
             return by_tile.sum(-1).log_().add_(finite_max)
         return tile_max
 
+    def add_stand_ins(self, summary: Summary, group: list[_TileList], variance: Tensor) -> None:
+        """Take in the stand-ins of the tiles that each member of the group skips. variance: [G, rows, 1]."""
+        skipped = torch.from_numpy(np.stack([x.skipped(summary.keys.shape[2]) for x in group])).to(variance.device)
+        if not skipped.any():
+            return
+        keys, values, shift = (_stack([t[x.b, x.h] for x in group])
+                               for t in (summary.keys, summary.values, summary.shift))
+        scores = torch.baddbmm(summary.log_counts, self.queries, keys.mT).masked_fill_(~skipped.unsqueeze(1), -math.inf)
+        row_max = torch.maximum(self.row_max, scores.amax(-1, keepdim=True))
+        finite_max = torch.where(row_max == -math.inf, 0.0, row_max)
+        rescale = (self.row_max - finite_max).exp_()
+        weights = scores.sub_(finite_max).exp_()
+        added = weights.sum(-1, keepdim=True)
+        self.total.mul_(rescale).add_(added)
+        self.acc.mul_(rescale).baddbmm_(weights, values)
+        self.acc.add_(torch.bmm(self.queries, shift) * (added * (variance * -0.5).exp()))
+        self.row_max = row_max
+
     def finish(self) -> tuple[Tensor, Tensor]:
         """Output [G, rows, D] and log-sum-exp [G, rows], natural log."""
         return self.acc.div_(self.total), (self.row_max + self.total.log()).squeeze(-1)
@@ -201,10 +236,10 @@ def _gather(x: Tensor, body: np.ndarray, width: int) -> Tensor:
     return x[:full * TILE].unflatten(0, (full, TILE)).index_select(0, index).flatten(0, 1)
 
 
-def _vote(strength: Tensor, body_len: int, threshold: float, group: list[_TileList], keep: Tensor,
+def _vote(strength: Tensor, body_len: int, thresholds: Tensor, group: list[_TileList], keep: Tensor,
           mass: bool) -> None:
     """Write the keep decisions of a group. strength: [G, rows, tiles], maximum or log-sum-exp of the scaled scores,
-    threshold: natural log."""
+    thresholds: natural log, [G, rows, 1]."""
     for i, x in enumerate(group):
         positions = x.visit_positions()
         columns = x.body[positions]
@@ -217,5 +252,5 @@ def _vote(strength: Tensor, body_len: int, threshold: float, group: list[_TileLi
             running = in_order.cummax(-1).values
             reference = torch.cat([torch.full_like(running[:, :1], -math.inf), running[:, :-1]], -1)
         # "Not at or below", and also every row that has met +inf: NaN and Inf vote to keep.
-        stays = (~(in_order - reference <= threshold) | (reference == math.inf)).any(0)
+        stays = (~(in_order - reference <= thresholds[i]) | (reference == math.inf)).any(0)
         keep[x.b, x.h, x.qt, torch.from_numpy(columns).to(keep.device)] = stays

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_stand_in import add_stand_ins, raised_threshold, score_variance
+
 # INT8 scores accumulate onto the bit pattern of 1.5 * 2^23 in float32: read as float32, the int32 sum is
 # 12582912 + dot exactly (|dot| <= 128 * 127^2 < 2^22), so no conversion instruction is needed.
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -118,6 +120,7 @@ def _accumulate(q, q_tail, k, k_tail, v, v_tail, acc, acc_tail, acc_unit, m_i, l
                                "k_tiles", "row_words", "list_stride", "order_turn"])
 def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
                      rows_ptr, list_ptr, count_ptr, order_ptr,
+                     read_words_ptr, keys_ptr, values_ptr, moments_ptr, moment_scale_ptr,
                      stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                      stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
                      qk_scale, threshold, n_heads, n_rows, seqlen_q, seqlen_k, q_tiles, k_tiles, row_words,
@@ -125,7 +128,8 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
                      TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D_MAIN: tl.constexpr,
                      D_TAIL: tl.constexpr, DENSE: tl.constexpr, RAGGED: tl.constexpr, COST_CLASSES: tl.constexpr,
                      RECORD: tl.constexpr, MASS: tl.constexpr, BRANCH: tl.constexpr, TMA: tl.constexpr,
-                     INT8: tl.constexpr, PV_FP16: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+                     INT8: tl.constexpr, PV_FP16: tl.constexpr, HAS_LSE: tl.constexpr, STAND_IN: tl.constexpr,
+                     STAKE_MIN: tl.constexpr, RAISED_MAX: tl.constexpr, PRECISION: tl.constexpr,
                      NUM_STAGES: tl.constexpr):
     """One program per (batch row, head, BLOCK_M query rows), query tile fastest so that a head's K, V stay in L2.
 
@@ -137,6 +141,9 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
     MASS: the test is on a tile's share of the row's sum so far, and threshold is that share, not its log2.
     BRANCH: while recording, a compute tile that all rows may drop is left out of this very call too.
     DENSE: every tile, in the order of a full list, without list or mask. COST_CLASSES > 0: costly rows first.
+    STAND_IN: skipped tiles are represented, see `stand_in.py`. read_words: int32 [B*H*QT, row_words], the mask as this
+    call has read it. keys, values: [B*H, KT, D]; moments: [B*H, 2, D, D], C and S, each divided by its largest element,
+    which moment_scale holds, float32 [B*H, 2].
     """
     M_PARTS: tl.constexpr = TILE // BLOCK_M
     N_PARTS: tl.constexpr = TILE // BLOCK_N
@@ -194,7 +201,17 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
         if RAGGED:
             final = tl.load(row_list_ptr + tl.maximum(n_whole - 1, 0)).to(tl.int32)
             n_tail = ((n_whole > 0) & (final == k_tiles - 1)).to(tl.int32)
+    n_active = n_whole
     n_whole -= n_tail
+    if STAND_IN:
+        moments_ptr += batch_head.to(tl.int64) * (2 * (D_MAIN + D_TAIL) * (D_MAIN + D_TAIL))
+        moment_scale_ptr += 2 * batch_head
+        sm_scale = qk_scale * 0.6931471805599453  # of q as it is here: INT8 has put its scale in
+        spread_ptr = moments_ptr + (D_MAIN + D_TAIL) * (D_MAIN + D_TAIL)
+        spread_scale = tl.load(moment_scale_ptr + 1) * sm_scale * sm_scale
+        if RECORD > 0:
+            variance = score_variance(q_rows, spread_ptr, spread_scale, BLOCK_M, D_MAIN + D_TAIL, PRECISION)
+            threshold = raised_threshold(threshold, variance, MASS, STAKE_MIN, RAISED_MAX)
     tile_scale = qk_scale
     v_scale = 1.0
     acc_unit = 1.0
@@ -256,6 +273,21 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
                 RECORD, MASS, BRANCH, INT8, PV_FP16, PRECISION)
     if RECORD == 3 and not BRANCH:
         tl.atomic_or(words_ptr + word, tl.reduce(row_bits, 0, _or), sem="relaxed")
+
+    if STAND_IN:
+        if PV_FP16:
+            acc = acc * acc_unit
+            if D_TAIL:
+                acc_tail = acc_tail * acc_unit
+            acc_unit = 1.0
+        # Again, and not kept through the loop, where it would spill.
+        variance = score_variance(q_rows, spread_ptr, spread_scale, BLOCK_M, D_MAIN + D_TAIL, PRECISION)
+        stand_ins = batch_head.to(tl.int64) * k_tiles * (D_MAIN + D_TAIL)
+        acc, acc_tail, m_i, l_i = add_stand_ins(
+            q.to(keys_ptr.dtype.element_ty), q_tail.to(keys_ptr.dtype.element_ty), q_rows, acc, acc_tail, m_i, l_i,
+            variance, read_words_ptr + mask_row.to(tl.int64) * row_words, keys_ptr + stand_ins, values_ptr + stand_ins,
+            moments_ptr, tl.load(moment_scale_ptr), sm_scale, qk_scale, tl.where(n_active < k_tiles, row_words, 0),
+            k_tiles, seqlen_k, TILE, D_MAIN, D_TAIL, PRECISION)
 
     inverse = acc_unit / tl.where(l_i == 0.0, 1.0, l_i)  # an empty list gives 0, not 0 / 0
     in_range = offs_m < seqlen_q

@@ -16,9 +16,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .launch import CallKind, LaunchConfig, architecture, launch_config
 from .mask import MAX_KEY_TILES, TILE, WORD_BITS, MustKeep, tiles
 from .precision import INT8_GUARD
+from .stand_in import RAISED_MAX, STAKE_MIN
 from .triton_attention import attention_kernel
 from .triton_expand import expand_kernel
 from .triton_quantize import MEAN_CHUNK, channel_sum_kernel, quantize_kernel
+from .triton_stand_in import summary_kernel
 from .workspace import Workspace
 
 _LOG2E = 1.0 / math.log(2.0)
@@ -54,22 +56,36 @@ class _TileLists(NamedTuple):
     order: Tensor
     turn: int
     cost_classes: int
+    read_words: Tensor
+
+
+class _StandIns(NamedTuple):
+    """What `summary_kernel` has made of k and v, as `attention_kernel` takes it."""
+
+    keys: Tensor
+    values: Tensor
+    moments: Tensor
+    moment_scale: Tensor
+
+
+SUMMARY_CHUNKS = 8
+"""Programs that share the summary of a head; each leaves two float32 [D, D] to add up."""
 
 
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
                      backwards: list[bool] | None, threshold: float, recording: bool, must_keep: MustKeep | None,
                      sm_scale: float, workspace: Workspace, computed: Tensor | None, *,
-                     mass: bool = False, int8: bool = False, skip_now: bool = False,
+                     mass: bool = False, int8: bool = False, skip_now: bool = False, stand_in: bool = False,
                      config: LaunchConfig | None = None) -> None:
-    """`lite_attention` after its checks: one launch without a mask, two with one, two more for INT8; no host
-    synchronisation. INT8 allocates its copies of q, k, v per call: kept between calls they would hold gigabytes that
-    the rest of the model needs.
+    """`lite_attention` after its checks: one launch without a mask, two with one, two more for INT8, one and a few
+    small ones of torch for stand-ins; no host synchronisation. INT8 allocates its copies of q, k, v per call: kept
+    between calls they would hold gigabytes that the rest of the model needs. Stand-ins allocate a hundredth of that.
 
     While recording, a launch that fails leaves the masks of `rows` reset: the expansion has already emptied them.
 
     Raises:
         ValueError: more keys than tile numbers.
-        torch.OutOfMemoryError: no memory for the INT8 copies; nothing was written.
+        torch.OutOfMemoryError: no memory for the INT8 copies or the stand-ins; nothing was written.
     """
     batch, heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
@@ -84,20 +100,24 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     precision = "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         scales = out, out, out
+        stand_ins = _summarize(k, v, precision, sizes, workspace) if stand_in else None
         if int8:
             threshold -= INT8_GUARD
-            q, k, v, *scales = _int8_copies(q, k, v, config.pv_fp16, workspace)
-        lists = _TileLists(out, out, out, out, 0, 0)
+            q, k, v, key_mean, *scales = _int8_copies(q, k, v, config.pv_fp16, workspace)
+            if stand_ins is not None:
+                stand_ins.keys.sub_(key_mean)
+        lists = _TileLists(out, out, out, out, 0, 0, out)
         counted = None
         try:
             if rows is not None:
-                lists = _expand(rows, backwards, recording, must_keep, workspace, computed, sizes, device)
+                lists = _expand(rows, backwards, recording, must_keep, workspace, computed, sizes, device, stand_in)
                 counted = computed
             elif computed is not None:
                 computed.view(-1)[:1].add_(sizes.n_rows * k_tiles)
-            # The kernel does not know which tiles must stay: with such ranges every tile is computed.
-            branch = recording and skip_now and must_keep is None and config.branch and not mass
-            _attend(q, k, v, out, lse, scales, lists, sizes, workspace, config,
+            # The kernel does not know which tiles must stay: with such ranges every tile is computed. What this call
+            # itself drops has no stand-in yet.
+            branch = recording and skip_now and must_keep is None and config.branch and not mass and not stand_in
+            _attend(q, k, v, out, lse, scales, lists, stand_ins, sizes, workspace, config,
                     (sm_scale * _LOG2E, 2.0 ** threshold if mass else threshold),
                     (rows is None, config.record if recording else 0, recording and mass, branch, int8), precision)
         except Exception:
@@ -111,7 +131,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
 
 
 def _expand(rows: list, backwards: list[bool], recording: bool, must_keep: MustKeep | None, workspace: Workspace,
-            computed: Tensor | None, sizes: _Sizes, device: torch.device) -> _TileLists:
+            computed: Tensor | None, sizes: _Sizes, device: torch.device, stand_in: bool) -> _TileLists:
     """First launch: mask bits to tile lists."""
     table = workspace.row_table(
         tuple([(m.words[r].data_ptr(), int(b)) for (m, r), b in zip(rows, backwards, strict=True)]), device)
@@ -119,6 +139,9 @@ def _expand(rows: list, backwards: list[bool], recording: bool, must_keep: MustK
         must_keep, sizes.seqlen_q, sizes.seqlen_k, device)
     lists = workspace.buffer("list", sizes.n_rows * sizes.list_stride, torch.int16, device)
     counts = order = workspace.buffer("count", sizes.n_rows, torch.int32, device)
+    read_words = counts
+    if stand_in:
+        read_words = workspace.buffer("words", sizes.n_rows * sizes.row_words, torch.int32, device)
     turn = cost_classes = 0
     if sizes.seqlen_q < COST_ORDER_MAX_TOKENS:
         cost_classes = COST_CLASSES
@@ -126,18 +149,18 @@ def _expand(rows: list, backwards: list[bool], recording: bool, must_keep: MustK
         turn = workspace.cost_order_turn[device]
     _launch(workspace, expand_kernel, sizes.n_rows,
             () if computed is None else (computed,),
-            (*(() if computed is not None else (table,)), table, must, lists, counts, order), (),
+            (*(() if computed is not None else (table,)), table, must, lists, counts, order, read_words), (),
             (sizes.heads, sizes.n_rows, sizes.q_tiles, sizes.k_tiles, sizes.row_words, sizes.list_stride,
              0 if computed is None else computed.numel(), turn),
             (must is not table, sizes.seqlen_k % TILE != 0, recording, computed is not None, cost_classes,
-             8 if sizes.row_words <= 8 else 32), 4, 2)
+             stand_in, 8 if sizes.row_words <= 8 else 32), 4, 2)
     if cost_classes:
         workspace.cost_order_turn[device] = 1 - turn
-    return _TileLists(table, lists, counts, order, turn, cost_classes)
+    return _TileLists(table, lists, counts, order, turn, cost_classes, read_words)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scales: tuple[Tensor, Tensor, Tensor],
-            lists: _TileLists, sizes: _Sizes, workspace: Workspace, config: LaunchConfig,
+            lists: _TileLists, stand_ins: _StandIns | None, sizes: _Sizes, workspace: Workspace, config: LaunchConfig,
             factors: tuple[float, float], form: tuple[bool, int, bool, bool, bool], precision: str) -> None:
     """Last launch. factors: qk_scale and threshold; form: DENSE, RECORD, MASS, BRANCH, INT8 of `attention_kernel`."""
     dense, record, mass, branch, int8 = form
@@ -148,13 +171,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, sc
     head_dim = q.shape[-1]
     d_main = 64 if head_dim == 96 else head_dim
     _launch(workspace, attention_kernel, sizes.n_rows * (TILE // config.BLOCK_M),
-            (q, k, v, out), (out if lse is None else lse, *scales, lists.table, lists.lists, lists.counts, lists.order),
-            strides,
+            (q, k, v, out), (out if lse is None else lse, *scales, lists.table, lists.lists, lists.counts, lists.order,
+                           lists.read_words, *(stand_ins or (out, out, out, out))), strides,
             (*factors, sizes.heads, sizes.n_rows, sizes.seqlen_q, sizes.seqlen_k, sizes.q_tiles, sizes.k_tiles,
              sizes.row_words, sizes.list_stride, lists.turn),
             (TILE, config.BLOCK_M, config.BLOCK_N, d_main, head_dim - d_main, dense, sizes.seqlen_k % TILE != 0,
-             lists.cost_classes, record, mass, branch, tma, int8, int8 and config.pv_fp16, lse is not None, precision,
-             config.num_stages), config.num_warps, config.num_stages)
+             lists.cost_classes, record, mass, branch, tma, int8, int8 and config.pv_fp16, lse is not None,
+             stand_ins is not None, STAKE_MIN, RAISED_MAX, precision, config.num_stages),
+            config.num_warps, config.num_stages)
 
 
 def _launch(workspace: Workspace, kernel: JITFunction, programs: int, given: tuple[Tensor | TensorDescriptor, ...],
@@ -180,7 +204,8 @@ def _launch(workspace: Workspace, kernel: JITFunction, programs: int, given: tup
 
 
 def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool, workspace: Workspace) -> tuple[Tensor, ...]:
-    """q8, k8, v (a scaled float16 copy with `v_fp16`), and their scales; see `quantize_kernel`."""
+    """q8, k8, v (a scaled float16 copy with `v_fp16`), the mean taken off k [B, H, 1, D], and the scales of the first
+    three; see `quantize_kernel`."""
     batch, heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
     q_tiles, k_tiles = tiles(seqlen_q), tiles(seqlen_k)
@@ -201,7 +226,25 @@ def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool, workspace: Works
             (q, k, v), (sums, q8, k8, v16, q_scale, k_scale, v_scale),
             (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             (heads, seqlen_q, seqlen_k, q_tiles, k_tiles, n_chunks), (TILE, head_dim, d_padded, v_fp16), 8, 2)
-    return q8, k8, v16, q_scale, k_scale, v_scale
+    return q8, k8, v16, sums.sum(2, keepdim=True).div_(seqlen_k), q_scale, k_scale, v_scale
+
+
+def _summarize(k: Tensor, v: Tensor, precision: str, sizes: _Sizes, workspace: Workspace) -> _StandIns:
+    """The stand-ins of the key tiles; see `summary_kernel`."""
+    batch, heads, seqlen, head_dim = k.shape
+    keys, values = (torch.empty(batch, heads, sizes.k_tiles, head_dim, dtype=k.dtype, device=k.device)
+                    for _ in range(2))
+    chunk_tiles = -(-sizes.k_tiles // SUMMARY_CHUNKS)
+    n_chunks = -(-sizes.k_tiles // chunk_tiles)
+    partial = torch.empty(batch, heads, n_chunks, 2, head_dim, head_dim, dtype=torch.float32, device=k.device)
+    _launch(workspace, summary_kernel, batch * heads * n_chunks * 2, (k, v), (keys, values, partial),
+            (*k.stride()[:3], *v.stride()[:3]), (heads, seqlen, sizes.k_tiles, n_chunks, chunk_tiles),
+            (TILE, 64 if k.itemsize == 2 else 32, head_dim, 64 if head_dim == 64 else 128, precision), 8, 1)
+    moments = partial.sum(2).div_(seqlen)
+    # Divided by its largest element, a covariance fits into float16 whatever the range of k and v.
+    largest = moments.abs().amax((-1, -2)).clamp_min_(1e-20)
+    moments = moments.div_(largest[..., None, None]).to(k.dtype)
+    return _StandIns(keys, values, moments, largest)
 
 
 def _has_descriptors(x: Tensor) -> bool:

@@ -8,15 +8,16 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["n_heads", "n_rows", "q_tiles", "k_tiles", "row_words", "list_stride", "slots",
                                "order_turn"])
-def expand_kernel(computed_ptr, rows_ptr, must_ptr, list_ptr, count_ptr, order_ptr,
+def expand_kernel(computed_ptr, rows_ptr, must_ptr, list_ptr, count_ptr, order_ptr, read_words_ptr,
                   n_heads, n_rows, q_tiles, k_tiles, row_words, list_stride, slots, order_turn,
                   HAS_MUST: tl.constexpr, RAGGED: tl.constexpr, REWRITE: tl.constexpr, COUNTS: tl.constexpr,
-                  COST_CLASSES: tl.constexpr, CHUNK: tl.constexpr):
+                  COST_CLASSES: tl.constexpr, READ_WORDS: tl.constexpr, CHUNK: tl.constexpr):
     """One program per (batch row, head, query tile).
 
     rows_ptr: int64 [B, 2], address of the row's mask words and its direction. must_ptr: int32 [QT, W].
     list_ptr: int16 [B*H*QT, list_stride]. count_ptr: int32 [B*H*QT]. REWRITE leaves only must-keep bits in the
     mask: the attention kernel ORs its keep decisions back in, so a call needs no second buffer.
+    read_words_ptr: int32 [B*H*QT, row_words], with READ_WORDS: a copy of the words as this call reads them.
     computed_ptr: int64 [slots], with COUNTS: each row's count is added to one of them.
     order_ptr: int32, with COST_CLASSES: two tables of class sizes, of which this call uses number order_turn, zero
     before it, and empties the other for the next call; then the rows of each class, [classes, B*H*QT]. Class 0 holds
@@ -41,6 +42,8 @@ def expand_kernel(computed_ptr, rows_ptr, must_ptr, list_ptr, count_ptr, order_p
     for first_word in range(0, row_words, CHUNK):
         offs_word = first_word + tl.arange(0, CHUNK)
         words = tl.load(words_ptr + offs_word, mask=offs_word < row_words, other=0)
+        if READ_WORDS:
+            tl.store(read_words_ptr + row * row_words + offs_word, words, mask=offs_word < row_words)
         tile = offs_word[:, None] * 32 + offs_bit[None, :]
         bit = ((words[:, None] >> offs_bit[None, :]) & 1) * (tile < k_tiles).to(tl.int32)
         is_tail = (tile == last) & RAGGED

@@ -35,7 +35,41 @@ def order(active, own, backwards, n_keys):
     return first + (middle[::-1] if backwards else middle) + tail
 
 
-def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=None, mass=False):
+def inside_tiles(k, x):
+    """[D, D] float64: mean over all keys of (k - mean of k's tile)(x - mean of x's tile)ᵀ. k, x: [N, D]."""
+    total = 0
+    for start in range(0, k.shape[0], TILE):
+        a, b = k[start:start + TILE], x[start:start + TILE]
+        total = total + (a - a.mean(0)).T @ (b - b.mean(0))
+    return total / k.shape[0]
+
+
+def with_stand_ins(q, k, v, active, scale):
+    """Output and log-sum-exp of one query tile; q: [rows, D], scaled; k, v: [N, D]; active: bool [KT]."""
+    scores, values = [], []
+    for t, on in enumerate(active.tolist()):
+        keys, vals = k[t * TILE:(t + 1) * TILE], v[t * TILE:(t + 1) * TILE]
+        if on:
+            scores.append(q @ keys.T)
+            values.append(vals)
+        else:
+            scores.append(q @ keys.mean(0, keepdim=True).T + math.log(keys.shape[0]))
+            values.append(vals.mean(0, keepdim=True))
+    scores, values = torch.cat(scores, 1), torch.cat(values)
+    weights = torch.softmax(scores, 1)
+    skipped = torch.cat([torch.zeros(min(TILE, k.shape[0] - t * TILE)) if on else torch.ones(1)
+                         for t, on in enumerate(active.tolist())]).bool()
+    s = variance(q, k)
+    shift = (q @ inside_tiles(k, v)) * torch.exp(-s / 2)[:, None]
+    return weights @ values + weights[:, skipped].sum(1, keepdim=True) * shift, torch.logsumexp(scores, 1)
+
+
+def variance(q, k):
+    """s of each row of the scaled q."""
+    return ((q @ inside_tiles(k, k)) * q).sum(1)
+
+
+def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=None, mass=False, stand_in=False):
     """Everything from the docstring of `lite_attention`, one recording pass. q, k, v: [B, H, N, D], any float dtype.
 
     active: bool [B, H, QT, KT]. backwards: bool, or one per batch row. must: bool [QT, KT]. What NaN and Inf in
@@ -55,6 +89,12 @@ def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=N
             for qt in range(active.shape[2]):
                 rows = slice(qt * TILE, min(n_q, qt * TILE + TILE))
                 visited = order(active[b, h, qt].tolist(), qt, back, n_k)
+                limits = torch.full((rows.stop - rows.start,), float(threshold), dtype=torch.float64)
+                if stand_in:
+                    scaled = q[b, h, rows] * scale
+                    out[b, h, rows], lse[b, h, rows] = with_stand_ins(scaled, k[b, h], v[b, h], active[b, h, qt], scale)
+                    stake = (1 - torch.exp(-variance(scaled, k[b, h]))).clamp(1 / 64, 1)
+                    limits = torch.minimum(limits - torch.log2(stake), torch.tensor(max(threshold, -1.0)))
                 if not visited:
                     continue
                 scores = q[b, h, rows] @ k[b, h].T
@@ -68,12 +108,14 @@ def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=N
                         sums = [torch.logsumexp(scores[:, u * TILE:(u + 1) * TILE] * scale, 1)
                                 for u in visited[:visited.index(t) + 1]]
                         share = sums[-1] - torch.logsumexp(torch.stack(sums), 0)
-                        above = (share / math.log(2) - threshold).nan_to_num(nan=math.inf)
+                        above = (share / math.log(2) - limits).nan_to_num(nan=math.inf)
                     else:
-                        above = ((top - reference) * scale / math.log(2) - threshold).nan_to_num(nan=math.inf)
+                        above = ((top - reference) * scale / math.log(2) - limits).nan_to_num(nan=math.inf)
                     keep[b, h, qt, t] = bool((spoiled | (above > 0)).any())
                     margin[b, h, qt, t] = math.inf if spoiled.any() else above.max().abs()
                     reference = torch.maximum(reference, top)
+                if stand_in:
+                    continue
                 columns = torch.cat([torch.arange(t * TILE, min(n_k, t * TILE + TILE)) for t in sorted(visited)])
                 seen = scores[:, columns] * scale
                 out[b, h, rows] = torch.softmax(seen, -1) @ v[b, h, columns]
