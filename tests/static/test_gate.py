@@ -1,0 +1,143 @@
+"""The shipped launch table, compiled for GPUs that are not here, against the pinned figures; and that this can fail."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support import pins
+from support.compiling import compile_all
+from support.variants import NVIDIA, Variant, gate_variants
+
+READ = Variant("sm_89", "read")
+ROW = {"launch": "128x64 w8 s2", "spill": 0, "atomics": 0, "tensor": "128 HMMA.16816.F32.BF16", "notes": "",
+       "copies": 8, "loop": 500, "registers": 240, "shared": 65536, "instructions": 1500}
+
+
+def checked(row, triton="3.6.0", variant=READ, pinned=ROW, names=None):
+    held = {"triton": "3.6.0", "variants": {variant.name: pinned}}
+    return pins.check({variant: row}, [variant.name] if names is None else names, held, triton)
+
+
+def test_the_shipped_table_compiles_to_what_is_pinned(static):
+    wrong = static.gate()
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_kind_of_gpu_and_form_is_in_the_gate(static):
+    assert {v.arch for v in gate_variants()} == set(NVIDIA)
+    assert {v.name for v in gate_variants()} < set(static.names()) == set(pins.load()["variants"])
+    assert {v.form for v in gate_variants()} >= {"dense", "read", "record", "branch", "mass", "quantize"}
+
+
+def test_the_readme_counts_the_variants():
+    readme = (pins.PINS.parent / "README.md").read_text(encoding="utf-8")
+    assert f"Compiles {len(pins.load()['variants'])} variants" in readme
+    assert f"compiles {len(gate_variants())} of the variants" in readme
+
+
+def test_what_is_pinned_passes():
+    assert checked(ROW) == []
+    assert checked({**ROW, "loop": 510, "registers": 248}) == []
+    assert checked({**ROW, "loop": 300, "registers": 128, "shared": 100}) == []
+
+
+@pytest.mark.parametrize("figure, value, said", [
+    ("loop", 511, "loop was 500, is 511 (at most 510)"),
+    ("registers", 249, "registers was 240, is 249 (at most 248)"),
+    ("shared", 65552, "shared was 65536, is 65552 (at most 65536)"),
+    ("copies", 4, "copies was 8, is 4"),
+    ("copies", 9, "copies was 8, is 9"),
+    ("tensor", "64 HMMA.16816.F32.BF16", "tensor was 128 HMMA.16816.F32.BF16, is 64 HMMA.16816.F32.BF16"),
+    ("launch", "64x64 w4 s2", "launch was 128x64 w8 s2, is 64x64 w4 s2"),
+])
+def test_a_difference_names_variant_figure_and_both_values(figure, value, said):
+    (message,) = checked({**ROW, figure: value})
+    assert message == f"sm_89 read d128 bf16 ragged: {said}. If it is meant: python benchmarks/static.py --pin"
+
+
+def test_two_programs_on_an_sm_stay_two():
+    pinned = {**ROW, "registers": 126}
+    assert checked({**ROW, "registers": 128}, pinned=pinned) == []
+    assert "registers was 126, is 129 (at most 128)" in checked({**ROW, "registers": 129}, pinned=pinned)[0]
+
+
+@pytest.mark.parametrize("figure, value, said", [
+    ("spill", 4, "spill is 4 bytes, at most 0"),
+    ("shared", 100 * 1024, "shared is 100.0 KiB, sm_89 has 99"),
+    ("atomics", 1, "atomics is 1 in a kernel that only reads its mask"),
+    ("notes", "C7515", "the assembler serialises wgmma (C7515)"),
+    ("copies", 0, "copies is 0: the main loop waits for every tile of k and v"),
+    ("tensor", None, "there is no loop with tensor instructions"),
+])
+def test_hard_limits_hold_whatever_is_pinned_and_whichever_triton(figure, value, said):
+    row = {**ROW, figure: value}
+    assert checked(row, "3.7.0", pinned=row) == checked(row, pinned=row) == [f"sm_89 read d128 bf16 ragged: {said}"]
+
+
+def test_limits_know_their_variants():
+    assert checked({**ROW, "atomics": 3}, "3.7.0", Variant("sm_89", "record")) == []
+    assert checked({**ROW, "spill": 20}, "3.7.0", Variant("sm_90", "read", dtype="fp32")) == []
+    assert len(checked({**ROW, "spill": 24}, "3.7.0", Variant("sm_90", "read", dtype="fp32"))) == 1
+    assert checked({"spill": 0, "shared": 0, "atomics": 0, "notes": ""}, "3.7.0", Variant("sm_89", "expand")) == []
+
+
+def test_another_triton_leaves_the_pins_alone():
+    assert checked({**ROW, "loop": 900}, "3.7.0") == []
+    assert pins.version_note({"triton": "3.6.0"}, "3.7.0") == (
+        "Triton 3.7.0 is not the pinned 3.6.0: only the hard limits are checked.")
+    assert pins.version_note({"triton": "3.6.0"}, "3.6.0") == ""
+
+
+def test_new_and_missing_variants_are_named():
+    assert checked(ROW, names=[READ.name, "sm_89 read d256"]) == [
+        "sm_89 read d256: has no pin. If it is meant: python benchmarks/static.py --pin"]
+    assert checked(ROW, names=[]) == [
+        "sm_89 read d128 bf16 ragged: is pinned but no longer among the variants. If it is meant: "
+        "python benchmarks/static.py --pin"]
+
+
+def test_pins_are_read_as_they_were_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(pins, "PINS", tmp_path / "pins.json")
+    pins.store("3.6.0", {READ.name: {**ROW, "opcodes": {"HMMA": 128}}})
+    assert pins.load() == {"triton": "3.6.0", "variants": {READ.name: ROW}}
+    assert len(pins.PINS.read_text(encoding="utf-8").splitlines()) == 6
+
+
+def test_a_compiler_that_aborts_is_a_row_and_the_rest_goes_on(tmp_path):
+    script = tmp_path / "aborts.py"
+    script.write_text("import os, sys\nfor line in sys.stdin:\n    if 'record' in line:\n        os._exit(7)\n"
+                      "    print('{\"spill\": 0}', flush=True)\n", encoding="utf-8")
+    rows = compile_all(str(script), [Variant("sm_100", form) for form in ("read", "record", "dense", "record")], 1)
+    assert [row.get("spill") for row in rows.values()] == [0, None, 0]
+    problem = {"problem": "the compiler ended its process, status 7"}
+    assert rows[Variant("sm_100", "record")] == problem
+    assert checked(problem) == ["sm_89 read d128 bf16 ragged: does not compile: the compiler ended its process, "
+                                "status 7"]
+
+
+def test_a_bad_choice_is_seen(static):
+    """Per-row recording on Hopper serialises wgmma; four warps for 128 x 128 scores spill."""
+    if not static.triton_version().startswith("3.6."):
+        pytest.skip("what another Triton makes of these is not known")
+    code = f"""
+import json, sys
+sys.path[:0] = [{str(pins.PINS.parent)!r}, {str(pins.PINS.parents[1] / "tools")!r}]
+from load_pack import load_pack
+load_pack()
+from dataclasses import replace
+from support.pins import limits
+from support.sass import metrics
+from support.variants import Variant, compile_variant, config_of
+variant = Variant("sm_90", "record", ragged=False)
+for changes in ({{"record": 3}}, {{"num_warps": 4, "tma": False}}):
+    row = metrics(*compile_variant(variant, replace(config_of(variant), **changes)))
+    print(json.dumps(limits(variant, row)))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    per_row, four_warps = map(json.loads, done.stdout.splitlines())
+    assert any("serialises wgmma (C75" in text for text in per_row), per_row
+    assert any("spill is" in text for text in four_warps), four_warps
