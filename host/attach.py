@@ -15,7 +15,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..runtime import AttentionCall, BreakEvens, LiteAttentionConfig, Receipt, RunHandle, Session, StepReport
-from . import model_call, progress
+from . import model_call, progress, prompt
 from .compat import allocation_guard
 
 log = logging.getLogger("LiteAttention")
@@ -38,7 +38,7 @@ class _Run:
 
 
 def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = None,
-           handle: RunHandle | None = None) -> Any:
+           handle: RunHandle | None = None, continue_from: RunHandle | None = None) -> Any:
     """A clone of `model` (ModelPatcher) whose sampling runs use skip-mask attention; `model` is left as it is.
 
     Chains the attention override found on the model. A second application replaces the first.
@@ -46,6 +46,7 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
     Args:
         node_id: node that shows progress text.
         handle: receives the receipt of each run.
+        continue_from: handle of the runs whose masks these runs go on with; told here that they are wanted.
 
     Raises:
         ValueError: the model already has ComfyUI's own sparse attention.
@@ -61,12 +62,15 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
     if previous is not None:
         log.info("LiteAttention: calls it leaves go on to the attention patched before it (%s)",
                  getattr(previous, "__qualname__", type(previous).__name__))
+    if continue_from is not None:
+        continue_from.wanted = True
     owner = object()
     options[OVERRIDE] = make_override(previous, owner)
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
     patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY,
-                                 make_run_wrapper(config, owner, node_id, handle or RunHandle(), break_evens(previous)))
+                                 make_run_wrapper(config, owner, node_id, handle or RunHandle(), break_evens(previous),
+                                                  continue_from))
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
     return patched
 
@@ -134,14 +138,19 @@ def apply_model(executor: Callable, x: torch.Tensor, t: torch.Tensor, c_concat: 
 
 
 def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | None, handle: RunHandle,
-                     timed: BreakEvens | None = None) -> Callable:
+                     timed: BreakEvens | None = None, continue_from: RunHandle | None = None) -> Callable:
     """OUTER_SAMPLE wrapper: a session per sampling run, freed however the run ends."""
 
     def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None,
                      disable_pbar=False, seed=None, **kwargs):
         guider = executor.class_obj
-        session = Session(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed,
+        prompt_id, graph = prompt.running() or (None, None)
+        handle.start(prompt_id)
+        kept, why_none = continue_from.take(prompt_id) if continue_from is not None else (None, "")
+        session = Session(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed, kept=kept,
                           on_step=lambda report: _show_step(report, node_id))
+        if why_none:
+            session.note(f"starting fresh: {why_none}")
         original_options = guider.model_options
         try:
             options = comfy.model_patcher.create_model_options_clone(original_options)
@@ -151,8 +160,12 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
             guider.model_options = options
             # Before the first step, not inside it: the first question on a machine takes a while.
             session.backend(guider.model_patcher.load_device)
-            return executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(session, callback),
-                            disable_pbar, seed, **kwargs)
+            result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(session, callback),
+                              disable_pbar, seed, **kwargs)
+            # A node that ComfyUI has cached has not seen this graph; outside a server there is none to see.
+            linked = prompt.continues(graph, node_id)
+            handle.keep(session, handle.wanted if linked is None else linked)
+            return result
         finally:
             guider.model_options = original_options
             receipt = session.close()

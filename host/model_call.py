@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 
-from ..runtime import LayerId, policy
+from ..runtime import LayerId, RowName, policy
 
 STATIC_SCHEDULES = ("standard_static", "batched")
 """Context schedules whose windows cover the same frames at every step."""
@@ -34,7 +34,7 @@ def row_names(options: Mapping, batch: int) -> list[Hashable] | None:
     if not uuids or not numbers or len(uuids) != len(numbers) or batch % len(uuids):
         return None
     per_chunk = batch // len(uuids)
-    return [(uuid, number, row) for uuid, number in zip(uuids, numbers, strict=True) for row in range(per_chunk)]
+    return [RowName(uuid, number, row) for uuid, number in zip(uuids, numbers, strict=True) for row in range(per_chunk)]
 
 
 def latent_tokens(shape: tuple[int, ...], patch_size: object, modalities: int = 1) -> int | None:

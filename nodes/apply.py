@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import attach
+from ..host import attach, continues
 from ..runtime import LiteAttentionConfig, RunHandle, parse_blocks
 from ..runtime.config import (
+    BUDGET_MAX,
     PRECISIONS,
+    REFRESH_MAX,
     STATE_MB_DEFAULT,
     STATE_MB_MAX,
     STATE_MB_MIN,
@@ -47,8 +49,8 @@ class LiteAttention(io.ComfyNode):
                 io.Int.Input(
                     "warmup_steps", default=2, min=0, max=STEPS_MAX,
                     tooltip="Steps at the start of this run that compute everything. More is safer and slower. Never "
-                            "more than a quarter of the run: with 4 steps it is 1. 0 starts to skip in the second "
-                            "step with what the first has seen."),
+                            "more than a quarter of the run, and 1 in runs of up to 8 steps. 0 starts to skip in the "
+                            "second step with what the first has seen."),
                 io.Int.Input(
                     "dense_end_steps", default=0, min=0, max=STEPS_MAX, advanced=True,
                     tooltip="Steps at the end of this run that compute everything again. Raise it to 1 or 2 if fine "
@@ -78,6 +80,27 @@ class LiteAttention(io.ComfyNode):
                     "never_slower", default=True, advanced=True,
                     tooltip="On a GPU, layers that skip too little to be faster go to the attention that was there "
                             "before; every 4th step is tried again. Off: every layer stays with LiteAttention."),
+                io.Float.Input(
+                    "error_budget", default=0.0, min=0.0, max=BUDGET_MAX, step=0.01, optional=True, advanced=True,
+                    tooltip="Above 0 it takes the place of threshold: the largest share of its attention that any "
+                            "token may lose when tiles are chosen. 0.05 is 5 %; what stand_in is "
+                            "estimated to carry is not lost. Unlike threshold it means the same for short and long "
+                            "videos. 0: threshold decides."),
+                io.Int.Input(
+                    "refresh_every", default=0, min=0, max=REFRESH_MAX, optional=True, advanced=True,
+                    tooltip="At each sparse step one of so many parts of the video is looked at in full again, so that "
+                            "what matters after all comes back; the receipt tells how much did. 10 costs about a "
+                            "tenth of what is saved. 0: never."),
+                io.Boolean.Input(
+                    "stand_in", default=True, optional=True, advanced=True,
+                    tooltip="A skipped tile is represented by the mean of its keys and values and does not vanish; "
+                            "more tiles can be skipped then at the same threshold. Off: skipped tiles count for "
+                            "nothing."),
+                LiteAttentionRun.Input(
+                    "continue_from", optional=True, advanced=True,
+                    tooltip="The run output of the LiteAttention node before the sampler whose latent this one goes on "
+                            "with (steps 0-10, then 10-20; Wan 2.2's high, then low noise model). This run skips from "
+                            "its first step what that one has found. Leave unconnected for runs of their own."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The patched model; the input model stays as it was."),
@@ -85,7 +108,9 @@ class LiteAttention(io.ComfyNode):
                                         tooltip="Handle to the account of the last run, for other LiteAttention "
                                                 "nodes. May stay unconnected."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            # Nodes with equal inputs would otherwise share one output: text on the wrong node, one handle for two runs.
+            not_idempotent=True,
         )
 
     @classmethod
@@ -102,8 +127,11 @@ class LiteAttention(io.ComfyNode):
     @classmethod
     def execute(cls, model, threshold: float, warmup_steps: int, dense_end_steps: int = 0, dense_blocks: str = "",
                 min_tokens: int = 0, max_state_mb: int = STATE_MB_DEFAULT, log_details: bool = False,
-                precision: str = "auto", never_slower: bool = True) -> io.NodeOutput:
+                precision: str = "auto", never_slower: bool = True, error_budget: float = 0.0, refresh_every: int = 0,
+                stand_in: bool = True, continue_from: RunHandle | None = None) -> io.NodeOutput:
         config = LiteAttentionConfig(threshold, warmup_steps, dense_end_steps, dense_blocks, min_tokens, max_state_mb,
-                                     log_details, precision, never_slower)
+                                     log_details, precision, never_slower, error_budget, refresh_every, stand_in)
+        node_id = cls.hidden.unique_id
         handle = RunHandle()
-        return io.NodeOutput(attach(model, config, node_id=cls.hidden.unique_id, handle=handle), handle)
+        handle.wanted = bool(continues(cls.hidden.prompt, node_id))
+        return io.NodeOutput(attach(model, config, node_id=node_id, handle=handle, continue_from=continue_from), handle)

@@ -6,12 +6,14 @@ import math
 import re
 from dataclasses import dataclass
 
-from ..kernels import PRECISIONS
+from ..kernels import PRECISIONS, tiles
 
 THRESHOLD_MIN, THRESHOLD_MAX, THRESHOLD_DEFAULT = -30.0, 0.0, -10.0
 STEPS_MAX = 100
 STATE_MB_MIN, STATE_MB_MAX, STATE_MB_DEFAULT = 16, 65536, 512
 TOKENS_MAX = 1_000_000
+BUDGET_MAX = 0.5
+REFRESH_MAX = 64
 
 _BLOCK = re.compile(r"^(-?\d+)(?:-(-?\d+))?$")
 
@@ -30,6 +32,10 @@ class LiteAttentionConfig:
         log_details: also log the receipt as JSON and time attention (which synchronises on a GPU).
         precision: "auto", "full" or "int8" (see `precision_choice`).
         never_slower: layers that stay too dense to gain go to the previous attention.
+        error_budget: above 0 it replaces `threshold`: the largest share of its attention (with `stand_in`: of what is
+            at stake of it) that a token may lose when tiles are chosen, 0..0.5. Each key tile gets an equal part.
+        refresh_every: 0 = never; at each evaluation of a sparse step 1 of so many query tiles is judged anew.
+        stand_in: skipped tiles are represented by their means and do not vanish (see `lite_attention`).
 
     Raises:
         ValueError: naming the input, its value and what is allowed.
@@ -44,21 +50,44 @@ class LiteAttentionConfig:
     log_details: bool = False
     precision: str = "auto"
     never_slower: bool = True
+    error_budget: float = 0.0
+    refresh_every: int = 0
+    stand_in: bool = True
 
     def __post_init__(self) -> None:
         problem = threshold_problem(self.threshold)
         if problem:
             raise ValueError(problem)
         for name, low, high in (("warmup_steps", 0, STEPS_MAX), ("dense_end_steps", 0, STEPS_MAX),
-                                ("min_tokens", 0, TOKENS_MAX), ("max_state_mb", STATE_MB_MIN, STATE_MB_MAX)):
+                                ("min_tokens", 0, TOKENS_MAX), ("max_state_mb", STATE_MB_MIN, STATE_MB_MAX),
+                                ("refresh_every", 0, REFRESH_MAX)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; it is a whole number from {low} to {high}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; allowed: {', '.join(PRECISIONS)}.")
-        if not isinstance(self.never_slower, bool):
-            raise ValueError(f"never_slower is {self.never_slower!r}; allowed: True, False.")
+        for name in ("never_slower", "stand_in"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False.")
+        budget = self.error_budget
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= BUDGET_MAX:
+            raise ValueError(f"error_budget is {budget!r}; it is a share from 0 (off) to {BUDGET_MAX}.")
         parse_blocks(self.dense_blocks)
+
+    @property
+    def criterion(self) -> str:
+        """The skip test (see `lite_attention`)."""
+        return "mass" if self.error_budget else "max"
+
+    def call_threshold(self, seqlen_k: int) -> float:
+        """The threshold (log2) of a call over so many keys."""
+        return math.log2(self.error_budget / tiles(seqlen_k)) if self.error_budget else self.threshold
+
+    @property
+    def rule(self) -> str:
+        """Which rule chooses the tiles, for people."""
+        return f"error_budget {self.error_budget:g} (threshold unused)" if self.error_budget \
+            else f"threshold {self.threshold:g}"
 
 
 def threshold_problem(value: float) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..kernels import SkipMask, UnsupportedAttention, call_tiles, lite_attention
+from ..kernels import Reopened, SkipMask, UnsupportedAttention, call_tiles, lite_attention
 from . import policy
 from .call import AttentionCall
 from .dispatch import DENSE, OURS, CallShape
@@ -92,7 +92,8 @@ class Evaluation:
         if session.dense_blocks.holds(layer.index, layer.total):
             return policy.DENSE_BLOCK, True
         phase = session.phase()
-        if phase in (Phase.WARMUP, Phase.END):
+        # Rows that continue an earlier run need no warm-up; `_take` tells which rows do.
+        if phase is Phase.END or (phase is Phase.WARMUP and not session.continuing):
             return phase.value, True
         if session.backend(call.q.device) is None:
             return policy.NO_BACKEND, True
@@ -116,22 +117,21 @@ class Evaluation:
                 session.note(f"no memory for the skip mask of layer {layer}; it stays dense")
                 return None, policy.NO_MEMORY
             return None, self._give_up(key, error)
-        for line in session.masks.restarts[:]:
-            session.masks.restarts.remove(line)
-            session.note(f"starting fresh: layer {line}")
-        fresh = sum(not mask.passes[0] for mask in masks)
-        if session.phase() is Phase.RECORD:
-            if not fresh:
+        phase = session.phase()
+        if phase is not Phase.SPARSE:
+            own = session.masks.fresh_rows(key, self.rows)
+            if len(own) == call.batch and (phase is Phase.WARMUP or all(mask.passes[0] for mask in own)):
                 return None, Phase.WARMUP.value
-            # Rows recorded at different evaluations of this step: the step stays dense for all of them.
-            for mask in masks:
+            # Rows recorded at different evaluations of this step, or next to rows that continue an earlier run: the
+            # step stays dense for all of them.
+            for mask in own:
                 mask.reset()
-            fresh = call.batch
+        fresh = sum(not mask.passes[0] for mask in masks)
         out, reason = self._run(call, key, masks, fresh)
         if out is not None:
             row_tiles = call_tiles(1, call.heads, call.seqlen_q, call.seqlen_k)
             session.statistics.count_layer(key, device, call.batch * row_tiles, fresh * row_tiles)
-        if out is not None and fresh:
+        if out is not None and (fresh or session.masks.grown):
             for name in session.masks.enforce_limit():
                 session.note(f"masks reached max_state_mb = {session.config.max_state_mb}: layer {name}, which skips "
                              "least, stays dense")
@@ -143,20 +143,26 @@ class Evaluation:
         session = self.session
         # A call that computes every tile can be compared with a dense one.
         shape = self._shape(call) if fresh == call.batch else None
+        reopened: list[Reopened] = []
         try:
-            precision = self._precision(call)
-            try:
-                with session.dispatcher.timed(shape, OURS, call.batch) as timed:
-                    out = self._attention(call, key, masks, bool(fresh) and not timed, precision)
-            except Exception as error:
-                if not policy.is_out_of_memory(error) or precision != "int8":
-                    raise
-                out = None
-            # Outside the handler: its traceback would keep the copies that did fit.
-            if out is None:
-                session.stop_int8()
-                out = self._attention(call, key, masks, bool(fresh), "full")
+            every = session.config.refresh_every
+            reopened += (mask.reopen(every, mask.passes[0]) for mask in masks if every and mask.passes[0])
+            out = None
+            while out is None:
+                precision, stand_in = self._precision(call), session.stand_in
+                try:
+                    with session.dispatcher.timed(shape, OURS, call.batch) as timed:
+                        out = self._attention(call, key, masks, bool(fresh) and not timed and not reopened, precision,
+                                              stand_in)
+                except Exception as error:
+                    if not (policy.is_out_of_memory(error) and session.do_without(precision, stand_in)):
+                        raise
+                # Outside the handler, whose traceback would keep what did fit. A second try is no sample of the time.
+                shape = None
+            session.statistics.count_reopened(reopened, key.device)
         except UnsupportedAttention as error:
+            for query_tiles in reopened:
+                query_tiles.words.copy_(query_tiles.before)
             session.note(f"layer {key.name} left as it was: {error}")
             return None, error.reason
         except Exception as error:
@@ -167,11 +173,12 @@ class Evaluation:
         return call.restore(out), None
 
     def _attention(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask], skip_now: bool,
-                   precision: str) -> Tensor:
-        session = self.session
+                   precision: str, stand_in: bool) -> Tensor:
+        session, config = self.session, self.session.config
         return lite_attention(
             call.q, call.k, call.v, masks, heads=call.packed_heads, sm_scale=call.sm_scale,
-            threshold=session.config.threshold, skip_now=skip_now,
+            threshold=config.call_threshold(call.seqlen_k), criterion=config.criterion, skip_now=skip_now,
+            stand_in=stand_in,
             must_keep=policy.must_keep_tokens(call.seqlen_q, self.latent_tokens), precision=precision,
             backend=session.backend(key.device), workspace=session.workspace(key.device),
             computed=session.statistics.counters(key, key.device))

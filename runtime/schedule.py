@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+FEW_STEPS = 8
+"""Runs of up to so many steps (distilled models) warm up in one."""
+
 
 class Phase(Enum):
     """What attention does during a step."""
@@ -23,9 +26,10 @@ class Phase(Enum):
 class StepPlan:
     """Phases of a run of `total_steps` steps (the run's own steps: a KSamplerAdvanced from 4 to 8 has four).
 
-    Warm-up takes at most a quarter of the run and, unless 0 was asked for, at least one step: four-step models would
-    otherwise have nothing left to speed up. Its last step runs through our kernel and records, so that no step
-    is spent on recording alone. With 0 the first step records too, but a second evaluation inside it skips.
+    Warm-up takes at most a quarter of the run, in runs of few steps one step, and, unless 0 was asked for, at least
+    one: distilled models would otherwise have little left to speed up. Its last step runs through our kernel and
+    records, so that no step is spent on recording alone. With 0 the first step records too, but a second evaluation
+    inside it skips.
     """
 
     total_steps: int
@@ -35,7 +39,7 @@ class StepPlan:
     @property
     def dense_steps(self) -> int:
         """Steps at the start that compute every tile."""
-        return min(self.warmup_steps, max(1, self.total_steps // 4))
+        return min(self.warmup_steps, 1 if self.total_steps <= FEW_STEPS else self.total_steps // 4)
 
     @property
     def first_end_step(self) -> int:
@@ -59,16 +63,22 @@ class StepPlan:
             return Phase.RECORD
         return Phase.SPARSE
 
-    def describe(self) -> str:
-        """What the settings mean for this run, e.g. "step 1 of 4 dense"."""
+    def describe(self, continued: bool = False) -> str:
+        """What the settings mean for this run, e.g. "step 1 of 4 dense".
+
+        Args:
+            continued: the run took over masks of the run before, which need no warm-up.
+        """
         parts = []
-        if self.dense_steps:
+        if continued:
+            parts.append(f"{self.total_steps} steps that continue the run before, without a warm-up")
+        elif self.dense_steps:
             parts.append(f"step 1 of {self.total_steps} dense" if self.dense_steps == 1
                          else f"steps 1-{self.dense_steps} of {self.total_steps} dense")
         else:
             parts.append(f"step 1 of {self.total_steps} records")
         if self.dense_end_steps:
             parts.append(f"from step {self.first_end_step + 1} dense again")
-        if self.sparse_steps == 0:
+        if (self.first_end_step if continued else self.sparse_steps) == 0:
             parts.append("no step left to skip in: lower warmup_steps or dense_end_steps")
         return ", ".join(parts)

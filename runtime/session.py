@@ -14,6 +14,7 @@ from ..kernels import Workspace, precision_choice, resolve_backend
 from .config import LiteAttentionConfig, parse_blocks
 from .dispatch import BreakEvens, Dispatcher
 from .evaluation import Evaluation
+from .kept import LOST, NO_RUN, NOT_ASKED, NOT_FINISHED, NOTHING, SEVERAL, KeptMasks
 from .schedule import Phase, StepPlan
 from .state import MB, MaskTable
 from .statistics import Receipt, Statistics, StepReport
@@ -22,10 +23,48 @@ log = logging.getLogger("LiteAttention")
 
 
 class RunHandle:
-    """What the node hands to later nodes: the account of the last finished run. Holds no tensors."""
+    """What the node hands to later nodes: the account of the last finished run and, from its end until another run
+    continues it, its masks, if that is wanted. They are let go when they are taken, when the next run of this handle
+    starts, and with the handle.
+
+    Attributes:
+        wanted: whether something will continue the runs of this handle.
+    """
 
     def __init__(self) -> None:
         self.receipt: Receipt | None = None
+        self.wanted = False
+        self._kept: KeptMasks | None = None
+        self._prompt: Hashable = None
+        self._several = False
+        self._why = NO_RUN
+
+    @property
+    def kept_bytes(self) -> int:
+        """Main memory of the masks that are held."""
+        return 0 if self._kept is None else self._kept.nbytes
+
+    def start(self, prompt: Hashable = None) -> None:
+        """A run starts: what the one before has kept goes.
+
+        Args:
+            prompt: identity of the prompt that the run belongs to; only runs of the same one can continue it.
+        """
+        # Outside a server, where prompts have no identity, the last run is the one to continue.
+        again = prompt is not None and prompt == self._prompt
+        self._several = again and (self._several or self._kept is not None)
+        self._kept, self._prompt, self._why = None, prompt, SEVERAL if self._several else NOT_FINISHED
+
+    def keep(self, session: Session, wanted: bool) -> None:
+        """The run of `session` has finished and is about to be closed; its masks stay if they are wanted."""
+        if not self._several:
+            self._kept, self._why = session.keep_masks() if wanted else (None, NOT_ASKED)
+
+    def take(self, prompt: Hashable = None) -> tuple[KeptMasks | None, str]:
+        """(the masks, ""), or (None, why there are none). Either way the handle has none any more."""
+        kept, why = (self._kept, self._why) if prompt == self._prompt else (None, NO_RUN)
+        self._kept, self._why = None, SEVERAL if self._several else NO_RUN
+        return kept, why
 
 
 class Session:
@@ -41,16 +80,18 @@ class Session:
         allocating: gives a context manager to hold around allocations that outlive a call.
         break_evens: what earlier runs with the same previous attention have timed, and where this one adds. None
             does without `never_slower`.
+        kept: masks of the run that this one continues.
     """
 
     def __init__(self, config: LiteAttentionConfig, total_steps: int, *,
                  on_step: Callable[[StepReport], None] | None = None,
                  allocating: Callable[[], AbstractContextManager] = nullcontext,
-                 break_evens: BreakEvens | None = None):
+                 break_evens: BreakEvens | None = None, kept: KeptMasks | None = None):
         self.config = config
         self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps)
         self.dense_blocks = parse_blocks(config.dense_blocks)
-        self.masks = MaskTable(config.max_state_mb * MB, allocating)
+        self.continuing = kept is not None
+        self.masks = MaskTable(config.max_state_mb * MB, allocating, kept, self.note)
         self.statistics = Statistics(allocating)
         self.step = 0
         self.failed = False
@@ -60,6 +101,8 @@ class Session:
         self._workspaces: dict[torch.device, Workspace] = {}
         self._backends: dict[torch.device, str | None] = {}
         self._int8_failed = False
+        self._stand_in_failed = False
+        self._kept_bytes = 0
         self._notes: list[str] = []
         self._lock = threading.Lock()
         self._evaluation_numbers = itertools.count()
@@ -85,6 +128,8 @@ class Session:
     def end_step(self, step: int) -> StepReport:
         """The sampler has finished `step` (counted from 0)."""
         phase = self.phase()
+        if phase in (Phase.WARMUP, Phase.RECORD) and self.masks.continued_rows:
+            phase = Phase.SPARSE
         skipped = self.statistics.end_step(self.step)
         self.dispatcher.end_step()
         report = StepReport(self.step + 1, self.plan.total_steps, skipped, self.statistics.skipped_so_far(),
@@ -128,10 +173,33 @@ class Session:
             self.note(f"precision is full, not int8. {choice.reason}")
         return choice.name
 
-    def stop_int8(self) -> None:
-        """No memory for INT8 copies: compute in full precision from here on."""
-        self._int8_failed = True
-        self.note("no memory for the INT8 copies of q and k; precision is full for the rest of this run")
+    @property
+    def stand_in(self) -> bool:
+        """Whether calls represent skipped tiles by stand-ins."""
+        return self.config.stand_in and not self._stand_in_failed
+
+    def do_without(self, precision: str, stand_in: bool) -> bool:
+        """A call with these ran out of memory: do without the larger of what it adds, INT8 copies before stand-ins, for
+        the rest of the run. False if there is nothing to do without."""
+        if precision == "int8":
+            self._int8_failed = True
+            self.note("no memory for the INT8 copies of q and k; precision is full for the rest of this run")
+        elif stand_in:
+            self._stand_in_failed = True
+            self.note("no memory for the stand-ins of skipped tiles; stand_in is off for the rest of this run")
+        return precision == "int8" or stand_in
+
+    def keep_masks(self) -> tuple[KeptMasks | None, str]:
+        """(the masks, in main memory, for a run that continues this one, ""), or (None, why not). Never raises."""
+        if self.failed:
+            return None, LOST
+        try:
+            kept = self.masks.keep()
+        except Exception as error:
+            self.note(f"{LOST}. {type(error).__name__}: {str(error)[:200]}")
+            return None, LOST
+        self._kept_bytes = kept.nbytes
+        return (kept, "") if self._kept_bytes else (None, NOTHING)
 
     def note(self, text: str) -> None:
         """Log a line once per run and keep it for the receipt."""
@@ -166,11 +234,13 @@ class Session:
         statistics = self.statistics
         backends = [f"{name} backend on {device}" for device, name in self._backends.items() if name]
         return Receipt(
-            plan=self.plan.describe(), steps_done=self.step, total_steps=self.plan.total_steps,
+            plan=self.plan.describe(self.masks.continued_rows > 0), rule=self.config.rule,
+            steps_done=self.step, total_steps=self.plan.total_steps,
             evaluations=statistics.evaluations, taken=statistics.taken, left=dict(statistics.left),
             tiles_computed=statistics.tiles_computed, tiles_total=statistics.tiles_total,
             skipped_per_step=statistics.shares()[:max(self.step, 1)],
             attention_seconds=statistics.seconds if self.config.log_details else None,
             state_bytes=self.masks.peak_bytes, tokens=statistics.tokens,
             backend=", ".join(backends) or "no backend used",
+            refreshed=statistics.refreshed, came_back=statistics.came_back, kept_bytes=self._kept_bytes,
             dense_layers=self.masks.dense_layers, break_evens=self.dispatcher.report(), notes=list(self._notes))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..kernels import SkipMask
+from .kept import KeptMasks, Signature
 
 MB = 2**20
 
@@ -35,7 +36,8 @@ class LayerKey:
 @dataclass
 class _Row:
     mask: SkipMask
-    signature: tuple
+    signature: Signature
+    continued: bool = False
 
 
 @dataclass
@@ -71,16 +73,22 @@ class MaskTable:
         limit_bytes: above it the layers that skip least are let go and stay dense. The layer that is being
             recorded may exceed it for the length of its call: how little it skips is known only afterwards.
         allocating: context manager to hold around allocations (see `Workspace`).
+        kept: masks of the run that this one continues; a new row that finds its mask there goes on with it.
+        note: takes a sentence for the user.
     """
 
-    def __init__(self, limit_bytes: int, allocating: Callable[[], AbstractContextManager] = nullcontext):
+    def __init__(self, limit_bytes: int, allocating: Callable[[], AbstractContextManager] = nullcontext,
+                 kept: KeptMasks | None = None, note: Callable[[str], None] = lambda text: None):
         self.limit_bytes = limit_bytes
+        self.continued_rows = 0
+        self.grown = False
+        self._kept = kept
+        self._note = note
         self._allocating = allocating
         self._layers: dict[LayerKey, _Layer] = {}
         self._dense: list[LayerKey] = []
         self._lock = threading.Lock()
         self.peak_bytes = 0
-        self.restarts: list[str] = []
 
     @property
     def nbytes(self) -> int:
@@ -103,29 +111,54 @@ class MaskTable:
         Raises:
             torch.OutOfMemoryError: no memory for a new mask; the rows that have one keep it.
         """
-        signature = (heads, seqlen, head_dim, dtype)
+        signature = Signature(heads, seqlen, head_dim, dtype)
         found = []
         with self._lock:
             layer = self._layers.setdefault(key, _Layer())
             for name in rows:
                 row = layer.rows.get(name)
                 if row is not None and row.signature != signature:
-                    self.restarts.append(f"{key.name}: {_signature_text(row.signature)} became "
-                                         f"{_signature_text(signature)}")
+                    self._note(f"starting fresh: layer {key.name}: {row.signature} became {signature}")
                     del layer.rows[name]
                     row = None
                 if row is None:
-                    with self._allocating():
-                        row = _Row(SkipMask.full(1, heads, seqlen, device=key.device), signature)
-                    layer.rows[name] = row
+                    row = layer.rows[name] = self._new_row(key, name, signature)
+                    self.grown = True
                 found.append(row.mask)
             self.peak_bytes = max(self.peak_bytes, self.nbytes)
         return found
+
+    def _new_row(self, key: LayerKey, name: Hashable, signature: Signature) -> _Row:
+        mask, problem = self._kept.take(key, name, signature) if self._kept is not None else (None, "")
+        if problem:
+            self._note(f"continue_from {problem}")
+        with self._allocating():
+            if mask is None:
+                return _Row(SkipMask.full(1, signature.heads, signature.seqlen, device=key.device), signature)
+            self.continued_rows += 1
+            return _Row(mask if mask.device == key.device else mask.to(key.device), signature, continued=True)
+
+    def fresh_rows(self, key: LayerKey, rows: Sequence[Hashable]) -> list[SkipMask]:
+        """Masks, among those of a call, that do not come from the run before: these need a warm-up."""
+        with self._lock:  # another device's call may just have let go of this layer
+            held = self._layers.get(key, _Layer()).rows
+            return [held[name].mask for name in rows if name in held and not held[name].continued]
+
+    def keep(self) -> KeptMasks:
+        """Every mask that has recorded, for the run that continues this one. Synchronises; the table is closed next."""
+        kept = KeptMasks()
+        with self._lock:
+            for key, layer in self._layers.items():
+                for name, row in layer.rows.items():
+                    if row.mask.passes[0]:
+                        kept.add(key, name, row.signature, row.mask)
+        return kept
 
     def enforce_limit(self) -> list[str]:
         """Let go of the layers that skip least until the masks fit the limit; their names."""
         let_go = []
         with self._lock:
+            self.grown = False
             while self.nbytes > self.limit_bytes:
                 recorded = [(key, layer) for key, layer in self._layers.items() if layer.recorded]
                 if not recorded:
@@ -149,8 +182,5 @@ class MaskTable:
         """Let go of every mask."""
         with self._lock:
             self._layers.clear()
-
-
-def _signature_text(signature: tuple) -> str:
-    heads, seqlen, head_dim, dtype = signature
-    return f"{heads} heads x {seqlen} tokens x {head_dim} {str(dtype).removeprefix('torch.')}"
+            if self._kept is not None:
+                self._kept.clear()

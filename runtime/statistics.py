@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..kernels import Reopened
 from . import policy
 
 MB = 2**20
@@ -68,6 +69,9 @@ class Receipt:
         break_evens: for each shape of call, the share of active tiles above which the previous attention is faster,
             and where that is known from (`BreakEven`); empty without never_slower.
         plan: what the settings meant for this run.
+        rule: which rule chose the tiles.
+        refreshed: inactive tiles that `refresh_every` opened to be judged anew; came_back: those of them that stayed.
+        kept_bytes: main memory of the masks that a later run will continue from.
         notes: things that happened once and are worth a line.
     """
 
@@ -87,15 +91,24 @@ class Receipt:
     dense_layers: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     break_evens: list[dict] = field(default_factory=list)
+    rule: str = ""
+    refreshed: int = 0
+    came_back: int = 0
+    kept_bytes: int = 0
 
     @property
     def skipped(self) -> float:
         """Share of the run's self-attention tiles that were not computed, 0..1."""
         return 1 - self.tiles_computed / self.tiles_total if self.tiles_total else 0.0
 
+    @property
+    def wrong_drop_rate(self) -> float | None:
+        """Share of the tiles judged anew that mattered after all, or None if none was."""
+        return self.came_back / self.refreshed if self.refreshed else None
+
     def to_dict(self) -> dict:
         """Plain values for JSON."""
-        return {**asdict(self), "skipped": self.skipped}
+        return {**asdict(self), "skipped": self.skipped, "wrong_drop_rate": self.wrong_drop_rate}
 
     def text(self) -> str:
         """One readable line: what ran, what was left and why."""
@@ -106,7 +119,11 @@ class Receipt:
         parts = [f"skipped {self.skipped:.1%} of the attention tiles",
                  f"{self.taken} of {self.taken + sum(self.left.values())} attention calls taken"
                  + (f", left as they were: {left}" if left else ""),
-                 self.plan, f"state {bytes_text(self.state_bytes)}", self.backend]
+                 *filter(None, (self.plan, self.rule)), f"state {bytes_text(self.state_bytes)}", self.backend]
+        if self.refreshed:
+            parts.append(f"refresh: {self.wrong_drop_rate:.1%} of {self.refreshed} skipped tiles came back")
+        if self.kept_bytes:
+            parts.append(f"masks kept for continue_from: {bytes_text(self.kept_bytes)} of main memory")
         if policy.DENSE_FASTER in self.left:
             known = dict.fromkeys(f"{known['density']:.0%} ({known['source']})" for known in self.break_evens)
             parts.append(f"dense attention is faster above {', '.join(known)} of the tiles")
@@ -154,10 +171,13 @@ class Statistics:
         self.seconds = 0.0
         self.tiles_computed = 0
         self.tiles_total = 0
+        self.refreshed = 0
+        self.came_back = 0
         self.per_step: dict[int, list[int]] = {}
         self._evaluations: set[Hashable] = set()
         self._counters: dict[torch.device, list[Tensor]] = {}
         self._layers: dict[torch.device, dict[Hashable, _Layer]] = {}
+        self._reopened: dict[torch.device, Tensor] = {}
         self._lock = threading.Lock()
         self._allocating = allocating
         self._open = [0, 0]
@@ -186,6 +206,17 @@ class Statistics:
             entry = self._layers[device][layer]
             entry.tiles += tiles
             entry.fresh += fresh
+
+    def count_reopened(self, reopened: Sequence[Reopened], device: torch.device) -> None:
+        """Query tiles that were opened before a call and have been judged in it. Adds up on the device."""
+        if not reopened:
+            return
+        with self._lock:
+            if device not in self._reopened:
+                with torch.inference_mode(False), self._allocating():
+                    self._reopened[device] = torch.zeros(2, dtype=torch.int64, device=device)
+            for query_tiles in reopened:
+                self._reopened[device] += torch.stack((query_tiles.dropped(), query_tiles.came_back()))
 
     def density(self, layer: Hashable, device: torch.device) -> float | None:
         """Active share of the layer's tiles in the last closed step that ran on its mask, or None before that."""
@@ -218,9 +249,17 @@ class Statistics:
             for device, blocks in self._counters.items():
                 if not blocks:
                     continue
-                counted = torch.cat(blocks).sum(1).tolist()
-                for block in blocks:
-                    block.zero_()
+                sums = [torch.cat(blocks).sum(1)]
+                zero = [*blocks]
+                if device in self._reopened:
+                    sums.append(self._reopened[device])
+                    zero.append(self._reopened[device])
+                counted = torch.cat(sums).tolist()
+                for counters in zero:
+                    counters.zero_()
+                if len(sums) > 1:
+                    self.came_back += counted.pop()
+                    self.refreshed += counted.pop()
                 computed += sum(counted)
                 for layer, tiles in zip(self._layers[device].values(), counted, strict=False):
                     layer.close_step(tiles)
@@ -246,3 +285,4 @@ class Statistics:
         """Let go of device memory."""
         self._counters.clear()
         self._layers.clear()
+        self._reopened.clear()

@@ -22,10 +22,11 @@ class Kit:
         self.positive = [[prompt_tokens(0, 2, 1), {}]]
         self.negative = [[empty_prompt(), {}]]
 
-    def lite(self, model=None, handle=None, node_id=None, **settings):
+    def lite(self, model=None, handle=None, node_id=None, continue_from=None, **settings):
         """The model with LiteAttention at a threshold where this model drops tiles."""
         config = LiteAttentionConfig(**{"threshold": -1.0, "min_tokens": 128, "warmup_steps": 1, **settings})
-        return attach(model or self.model, config, node_id=node_id, handle=handle or RunHandle())
+        return attach(model or self.model, config, node_id=node_id, handle=handle or RunHandle(),
+                      continue_from=continue_from)
 
     def latent(self, batch=1, size=SIZE):
         return torch.zeros(batch, 16, *size)

@@ -83,7 +83,7 @@ def test_out_of_memory_inside_the_kernel_is_raised_and_cleaned_up(kit, words, mo
 
     def failing(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 8:
+        if len(calls) in (8, 9):  # the second time without stand-ins
             raise torch.OutOfMemoryError("no memory for the output")
         return attention(*args, **kwargs)
 

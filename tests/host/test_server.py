@@ -24,6 +24,10 @@ EXPECTED_INPUTS = {
     "log_details": ("BOOLEAN", False, {"advanced": True}),
     "precision": ("COMBO", "auto", {"advanced": True, "options": ["auto", "full", "int8"]}),
     "never_slower": ("BOOLEAN", True, {"advanced": True}),
+    "error_budget": ("FLOAT", 0.0, {"min": 0.0, "max": 0.5, "step": 0.01, "advanced": True}),
+    "refresh_every": ("INT", 0, {"min": 0, "max": 64, "advanced": True}),
+    "stand_in": ("BOOLEAN", True, {"advanced": True}),
+    "continue_from": ("LITEATTENTION_RUN", None, {"advanced": True}),
 }
 
 
@@ -96,6 +100,8 @@ def test_tooltips_name_the_defaults_that_are_there(server):
              for name, (_, options) in inputs.items()}
     assert named.pop("threshold") == ["-10"] and not any(named.values())
     assert "never more than a quarter" in inputs["warmup_steps"][1]["tooltip"].lower()
+    from liteattention.runtime.schedule import FEW_STEPS
+    assert f"1 in runs of up to {FEW_STEPS} steps" in inputs["warmup_steps"][1]["tooltip"]
     from liteattention.kernels.precision import AUTO_INT8_MIN_TOKENS
     from liteattention.runtime.dispatch import PROBE_EVERY
     from liteattention.runtime.policy import AUTO_MIN_TOKENS, AUTO_MIN_TOKENS_DEFAULT
@@ -144,12 +150,53 @@ def test_prompts_in_a_row_are_each_as_if_alone(server, prompt):
         assert alone[seed].equal(latent(server, prompt, seed))
 
 
+def test_a_prompt_of_an_older_version_still_runs(server, prompt):
+    for name in ("error_budget", "refresh_every", "stand_in"):
+        del prompt["3"]["inputs"][name]
+    latent(server, prompt, seed=23)
+
+
+def test_a_split_run_goes_on_with_its_masks_and_the_cache_is_noticed(server, prompt):
+    """Two sampler nodes, the second one's run continues the first one's; also where ComfyUI has cached a part."""
+    split = copy.deepcopy(prompt)
+    second = split["30"] = copy.deepcopy(split["3"])
+    sampler = split["6"]["inputs"]
+    sampler["steps"] = 6
+    common = {k: v for k, v in sampler.items() if k not in ("seed", "denoise")}
+    split["31"] = {"class_type": "KSamplerAdvanced", "inputs": {
+        **common, "add_noise": "enable", "noise_seed": 51, "start_at_step": 0, "end_at_step": 3,
+        "return_with_leftover_noise": "enable"}}
+    split["6"] = {"class_type": "KSamplerAdvanced", "inputs": {
+        **common, "model": ["30", 0], "latent_image": ["31", 0], "add_noise": "disable", "noise_seed": 51,
+        "start_at_step": 3, "end_at_step": 6, "return_with_leftover_noise": "disable"}}
+
+    def receipts(seed):
+        before = len(server.receipts())
+        split["31"]["inputs"]["noise_seed"] = seed
+        latent(server, split)
+        return server.receipts()[before:]
+
+    unlinked = receipts(51)
+    assert unlinked[1]["skipped_per_step"][0] == 0 == unlinked[0]["kept_bytes"]
+    second["inputs"]["continue_from"] = ["3", 1]
+    # The first LiteAttention node comes from the cache and was set up unlinked; this prompt's graph counts.
+    linked = receipts(52)
+    assert linked[0]["kept_bytes"] > 0 and linked[1]["skipped_per_step"][0] > 0 and not linked[1]["notes"]
+    second["inputs"]["threshold"] = -0.75
+    cached, = receipts(52)
+    assert cached["skipped_per_step"][0] == 0 and "did not happen in this prompt" in cached["notes"][0]
+    both = receipts(53)
+    assert len(both) == 2 and both[1]["skipped_per_step"][0] > 0
+
+
 @pytest.mark.parametrize("name, value, said", [
     ("dense_blocks", "x", "is not a block number or range"),
     ("threshold", float("nan"), "log2 value from -30 to 0"),
     ("threshold", 4.0, "Did you mean -4.0?"),
     ("warmup_steps", -1, "smaller than min"),
     ("precision", "fp8", "not in list"),
+    ("error_budget", 0.6, "bigger than max"),
+    ("refresh_every", 65, "bigger than max"),
 ])
 def test_bad_values_are_refused_on_the_node_before_anything_runs(server, prompt, name, value, said):
     prompt["3"]["inputs"][name] = value

@@ -20,7 +20,7 @@ def test_a_positive_threshold_gets_a_suggestion():
         LiteAttentionConfig(threshold=4.0)
 
 
-@pytest.mark.parametrize("name", ["warmup_steps", "dense_end_steps", "min_tokens", "max_state_mb"])
+@pytest.mark.parametrize("name", ["warmup_steps", "dense_end_steps", "min_tokens", "max_state_mb", "refresh_every"])
 @pytest.mark.parametrize("value", [-1, 2.5, True, 10**9, None])
 def test_bad_whole_numbers_name_the_input(name, value):
     with pytest.raises(ValueError, match=rf"^{name} is {value!r}; it is a whole number from"):
@@ -33,15 +33,34 @@ def test_bad_precisions_name_the_allowed_ones(value):
         LiteAttentionConfig(precision=value)
 
 
+@pytest.mark.parametrize("name", ["never_slower", "stand_in"])
 @pytest.mark.parametrize("value", ["yes", 1, None])
-def test_never_slower_is_on_or_off(value):
-    with pytest.raises(ValueError, match=rf"^never_slower is {value!r}; allowed: True, False\.$"):
-        LiteAttentionConfig(never_slower=value)
+def test_switches_are_on_or_off(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is {value!r}; allowed: True, False\.$"):
+        LiteAttentionConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.01, 0.51, math.nan, True, "0.1", None])
+def test_bad_budgets_name_the_range(value):
+    with pytest.raises(ValueError, match=rf"^error_budget is {value!r}; it is a share from 0 \(off\) to 0\.5\.$"):
+        LiteAttentionConfig(error_budget=value)
+
+
+@pytest.mark.parametrize("seqlen, tiles", [(1, 1), (128, 1), (129, 2), (75_600, 591)])
+def test_a_budget_is_shared_by_the_key_tiles(seqlen, tiles):
+    config = LiteAttentionConfig(error_budget=0.05)
+    assert config.criterion == "mass" and 2 ** config.call_threshold(seqlen) * tiles == pytest.approx(0.05)
+    assert "error_budget 0.05" in config.rule
+
+
+def test_without_a_budget_the_threshold_decides():
+    config = LiteAttentionConfig(threshold=-7.5)
+    assert (config.criterion, config.call_threshold(75_600), config.rule) == ("max", -7.5, "threshold -7.5")
 
 
 def test_new_settings_come_last_for_workflows_that_are_saved():
     assert LiteAttentionConfig(-10.0, 2, 0, "", 0, 512, False) == LiteAttentionConfig()
-    assert (LiteAttentionConfig().precision, LiteAttentionConfig().never_slower) == ("auto", True)
+    assert LiteAttentionConfig(-10.0, 2, 0, "", 0, 512, False, "auto", True, 0.0, 0, True) == LiteAttentionConfig()
 
 
 @pytest.mark.parametrize("text, total, blocks", [

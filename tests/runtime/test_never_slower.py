@@ -121,7 +121,7 @@ def test_what_a_run_times_decides_in_it_and_in_the_next(monkeypatch):
     seen = watched(monkeypatch)
     layers = [LayerId("double", i, 4) for i in range(5)]
     for number in range(2):
-        run = session(total=8, break_evens=known)
+        run = session(total=12, break_evens=known)
         seen.clear()
         left = []
         for step in range(4):
@@ -327,7 +327,8 @@ def test_no_memory_in_full_precision_either_is_the_hosts_business(monkeypatch, i
     run.end_step(0)
     with pytest.raises(torch.OutOfMemoryError):
         forward(run, 1)
-    assert [kwargs["precision"] for kwargs in seen] == ["int8", "full", "full"]
+    assert [(kwargs["precision"], kwargs["stand_in"]) for kwargs in seen] == [
+        ("int8", True), ("full", True), ("full", False), ("full", False)]
     assert not run.masks.all_masks()
 
 

@@ -5,13 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liteattention.runtime import Phase, StepPlan
+from liteattention.runtime.schedule import FEW_STEPS
 
 W, R, S, E = Phase.WARMUP, Phase.RECORD, Phase.SPARSE, Phase.END
 
 
 @pytest.mark.parametrize("total, warmup, end, phases", [
     (4, 2, 0, [R, S, S, S]),
-    (8, 2, 0, [W, R] + [S] * 6),
+    (8, 2, 0, [R] + [S] * 7),
+    (8, 100, 0, [R] + [S] * 7),
+    (9, 2, 0, [W, R] + [S] * 7),
+    (2, 2, 0, [R, S]),
     (20, 2, 0, [W, R] + [S] * 18),
     (20, 100, 0, [W] * 4 + [R] + [S] * 15),
     (3, 5, 0, [R, S, S]),
@@ -29,7 +33,7 @@ def test_phases(total, warmup, end, phases):
 @given(st.integers(1, 200), st.integers(0, 100), st.integers(0, 100))
 def test_warmup_is_at_most_a_quarter_and_at_least_one_unless_zero_was_asked(total, warmup, end):
     plan = StepPlan(total, warmup, end)
-    assert plan.dense_steps <= max(1, total // 4)
+    assert plan.dense_steps <= (1 if total <= FEW_STEPS else total // 4)
     assert plan.dense_steps <= warmup
     assert (plan.dense_steps == 0) == (warmup == 0)
     phases = [plan.phase(step) for step in range(total)]
@@ -55,3 +59,13 @@ def test_the_description_says_what_the_settings_meant():
     assert StepPlan(20, 2, 1).describe() == "steps 1-2 of 20 dense, from step 20 dense again"
     assert StepPlan(20, 0).describe() == "step 1 of 20 records"
     assert "no step left to skip in" in StepPlan(2, 1, 1).describe()
+    assert StepPlan(4, 2).describe(continued=True) == "4 steps that continue the run before, without a warm-up"
+    assert "no step left to skip in" not in StepPlan(2, 1, 1).describe(continued=True)
+    assert "no step left to skip in" in StepPlan(2, 1, 2).describe(continued=True)
+
+
+@pytest.mark.parametrize("total", range(2, FEW_STEPS + 1))
+@pytest.mark.parametrize("warmup", [1, 2, 5])
+def test_few_steps_warm_up_in_one_and_skip_in_the_second(total, warmup):
+    plan = StepPlan(total, warmup)
+    assert plan.dense_steps == 1 and [plan.phase(step) for step in range(total)] == [R] + [S] * (total - 1)

@@ -16,7 +16,7 @@ def passes(run):
 
 
 def test_a_run_warms_up_records_skips_and_accounts_for_every_call():
-    run, previous = session(), Previous()
+    run, previous = session(total=12), Previous()
     for step in range(8):
         outs = forward(run, step, previous=previous)
         for out in outs:

@@ -36,13 +36,14 @@ def test_layers_ordinals_windows_models_and_devices_have_masks_of_their_own():
 
 @pytest.mark.parametrize("change", [{"seqlen": 301}, {"dtype": torch.bfloat16}])
 def test_a_changed_row_starts_fresh_alone_and_says_so(change):
-    table = MaskTable(2**20)
+    notes = []
+    table = MaskTable(2**20, note=notes.append)
     a, b = get(table, ["a", "b"])
     a.passes[0] = b.passes[0] = 3
     fresh = get(table, ["a"], **change)[0]
     assert fresh is not a and fresh.passes == [0]
     assert get(table, ["b"])[0] is b
-    assert len(table.restarts) == 1 and "double 0" in table.restarts[0] and "became" in table.restarts[0]
+    assert len(notes) == 1 and "starting fresh: layer double 0" in notes[0] and "became" in notes[0]
 
 
 def test_masks_are_allocated_once_in_their_final_size(monkeypatch):
@@ -79,6 +80,14 @@ def test_a_layer_that_has_not_recorded_is_not_judged():
     table = MaskTable(1)
     get(table, ["a"])
     assert table.enforce_limit() == []
+
+
+def test_a_layer_let_go_by_another_device_in_between_is_no_error():
+    table = MaskTable(2**20)
+    masks = get(table, ["a", "b"])
+    assert table.fresh_rows(key(), ["a", "b"]) == masks
+    table.forget(key())
+    assert table.fresh_rows(key(), ["a", "b"]) == []
 
 
 def test_allocations_happen_inside_the_guard():
