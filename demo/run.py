@@ -36,7 +36,10 @@ class Result:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("auto", "comfyui", "embedded"), default="auto")
+    parser.add_argument("--error-budget", type=float, default=0.3,
+                        help="share of its attention that a token may lose; default %(default)s, 0: threshold decides")
     parser.add_argument("--threshold", type=float, default=-3.0, help="log2; default %(default)s")
+    parser.add_argument("--stand-in", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--warmup-steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--frames", type=int, default=9, help="latent frames; default %(default)s")
@@ -50,9 +53,16 @@ def make_parser() -> argparse.ArgumentParser:
 def command(args: argparse.Namespace) -> str:
     """The command that gives these numbers again, without where it wrote them."""
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "json")}
-    changed = [f"--{k.replace('_', '-')} {v:g}" if isinstance(v, float) else f"--{k.replace('_', '-')} {v}"
+    options = {k: k.replace("_", "-") for k in settings}
+    changed = [f"--{'' if v else 'no-'}{options[k]}" if isinstance(v, bool) else
+               f"--{options[k]} {v:g}" if isinstance(v, float) else f"--{options[k]} {v}"
                for k, v in settings.items() if v != make_parser().get_default(k)]
     return " ".join(["python demo/run.py", *changed])
+
+
+def chosen(args: argparse.Namespace) -> dict:
+    """The node's inputs, or fields of `LiteAttentionConfig`, that choose tiles."""
+    return {name: getattr(args, name) for name in ("threshold", "warmup_steps", "error_budget", "stand_in")}
 
 
 def run_comfyui(args: argparse.Namespace, comfy_path: Path) -> tuple[Result, Result]:
@@ -64,7 +74,7 @@ def run_comfyui(args: argparse.Namespace, comfy_path: Path) -> tuple[Result, Res
     from liteattention.tools.server import ComfyServer
 
     workflow = json.loads((ROOT / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
-    workflow["3"]["inputs"] |= {"threshold": args.threshold, "warmup_steps": args.warmup_steps}
+    workflow["3"]["inputs"] |= chosen(args)
     workflow["5"]["inputs"] |= {"width": args.size * 8, "height": args.size * 8, "length": (args.frames - 1) * 4 + 1}
     workflow["6"]["inputs"] |= {"steps": args.steps, "seed": args.seed}
     results = []
@@ -93,8 +103,8 @@ def run_embedded(args: argparse.Namespace) -> tuple[Result, Result]:
     sigmas = flow_sigmas(args.steps, 3.0).to(device)
 
     def sample(blocks: str) -> Result:
-        session = Session(LiteAttentionConfig(args.threshold, args.warmup_steps, dense_blocks=blocks, min_tokens=512,
-                                              log_details=True), args.steps)
+        session = Session(LiteAttentionConfig(**chosen(args), dense_blocks=blocks, min_tokens=512, log_details=True),
+                          args.steps)
 
         def on_evaluation(step, sigma, latent_shape, rows):
             context = session.evaluation(model=id(model), rows=rows, latent_tokens=model.token_count(latent_shape))
@@ -129,14 +139,14 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
     quality = psnr(*clips)
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "demo.webp"
-    label = f"LiteAttention {args.threshold:g}"
+    label = f"LiteAttention {f'budget {args.error_budget:g}' if args.error_budget else f'{args.threshold:g}'}"
     side_by_side(clips, ["dense", label], picture)
     d, r = dense.receipt, lite.receipt
     numbers = {
         "engine": engine, "machine": platform.machine(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__, "python": platform.python_version(), "command": command(args),
-        "threshold": args.threshold, "steps": args.steps, "tokens": r["tokens"], "backend": r["backend"],
+        **chosen(args), "steps": args.steps, "tokens": r["tokens"], "backend": r["backend"],
         "skipped": r["skipped"], "skipped_per_step": r["skipped_per_step"],
         "attention_seconds": {"dense": d["attention_seconds"], "lite": r["attention_seconds"]},
         "psnr_db": quality, "state_bytes": r["state_bytes"], "taken": r["taken"], "left": r["left"],
@@ -148,7 +158,8 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
     seconds = numbers["attention_seconds"]
     rows = [
         ("engine", engine), ("steps, tokens", f"{args.steps}, {r['tokens']}"), ("backend", r["backend"]),
-        ("this run", r["plan"]), ("skipped per step", " ".join(shares)), ("skipped, whole run", f"{r['skipped']:.1%}"),
+        ("this run", r["plan"]), ("rule", r["rule"]), ("skipped per step", " ".join(shares)),
+        ("skipped, whole run", f"{r['skipped']:.1%}"),
         ("self-attention, dense", f"{seconds['dense']:.2f} s"),
         ("self-attention, lite", f"{seconds['lite']:.2f} s ({seconds['dense'] / seconds['lite']:.2f}x)"),
         ("PSNR, lite against dense", f"{quality:.1f} dB"), ("skip masks", f"{r['state_bytes']} bytes"),
