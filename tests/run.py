@@ -1,8 +1,9 @@
 """Set up and run every test: python tests/run.py [further pytest arguments]
 
 Several processes, because Triton decides at import whether it interprets: the kernels in Triton's interpreter, the
-kernels on the GPU where there is one, the kernels compiled for GPUs that are not here (`static`, a minute on two
-cores), and everything else, in the ComfyUI that is found (see tools/comfyui.py).
+kernels on the GPU where there is one, the kernels compiled for GPUs that are not here (`static`), the pack in the
+ComfyUI that is found (`host`, see tools/comfyui.py), and everything else. A test uses one core, so two processes run at
+a time, and what they print comes when each is done. With arguments they run one after the other and print as they go.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,19 +34,32 @@ def main() -> int:
     import torch
 
     pytest = [sys.executable, "-m", "pytest", "-c", str(ROOT / "tests" / "pytest.ini"), "-q", *sys.argv[1:]]
-    kernels, static = (str(ROOT / "tests" / name) for name in ("kernels", "static"))
+    kernels, static, host = (str(ROOT / "tests" / name) for name in ("kernels", "static", "host"))
+    others = [f"--ignore={folder}" for folder in (kernels, static, host)]
     runs = [("style", [sys.executable, "-m", "ruff", "check", str(ROOT)], {}),
-            ("kernels, interpreted", [*pytest, kernels], {"TRITON_INTERPRET": "1"})]
+            ("in ComfyUI", [*pytest, host], {}),
+            ("kernels, interpreted", [*pytest, kernels], {"TRITON_INTERPRET": "1"}),
+            ("everything else", [*pytest, str(ROOT / "tests"), *others], {}),
+            ("static gate", [*pytest, static], {"TRITON_INTERPRET": "0"})]
     if torch.cuda.is_available():
         runs.append(("kernels, on the GPU", [*pytest, kernels], {"TRITON_INTERPRET": "0"}))
-    runs.append(("static gate", [*pytest, static], {"TRITON_INTERPRET": "0"}))
-    runs.append(("everything else", [*pytest, str(ROOT / "tests"), f"--ignore={kernels}", f"--ignore={static}"], {}))
-    failed = []
-    for name, command, environment in runs:
-        print(f"\n== {name}", flush=True)
+    live = bool(sys.argv[1:]) or os.cpu_count() == 1
+
+    def call(name: str, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+        print(f"\n== {name}{'' if live else ': started'}", flush=True)
         # Outside the repository: its `nodes` folder must not hide ComfyUI's module of that name.
-        if subprocess.call(command, cwd=ROOT / "tests", env={**os.environ, **environment}):
-            failed.append(name)
+        return subprocess.run(command, cwd=ROOT / "tests", env={**os.environ, **environment}, text=True,
+                              encoding="utf-8", errors="replace", stdout=None if live else subprocess.PIPE,
+                              stderr=None if live else subprocess.STDOUT)
+
+    failed = []
+    with ThreadPoolExecutor(1 if live else 2) as pool:
+        started = {pool.submit(call, *run): run[0] for run in runs}
+        for done in as_completed(started):
+            if not live:
+                print(f"\n== {started[done]}\n{done.result().stdout}", flush=True)
+            if done.result().returncode:
+                failed.append(started[done])
     print(f"\nFailed: {', '.join(failed)}" if failed else "\nAll passed.")
     return 1 if failed else 0
 
