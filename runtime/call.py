@@ -30,8 +30,10 @@ class AttentionCall:
     def from_hook(cls, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None,
                   skip_reshape: bool = False, skip_output_reshape: bool = False,
                   scale: float | None = None) -> AttentionCall:
-        """From the arguments of ComfyUI's `optimized_attention` (names as there)."""
-        return cls(q, k, v, None if skip_reshape else heads, mask, scale, skip_output_reshape)
+        """From the arguments of ComfyUI's `optimized_attention` (names as there). SD3 gives v as [B, N, H, D]."""
+        if skip_reshape:
+            return cls(q, k, v, None, mask, scale, skip_output_reshape)
+        return cls(_packed(q), _packed(k), _packed(v), heads, mask, scale, skip_output_reshape)
 
     @property
     def batch(self) -> int:
@@ -53,8 +55,18 @@ class AttentionCall:
     def seqlen_k(self) -> int:
         return self.k.shape[-2]
 
+    def release(self) -> None:
+        """Let go of the tensors, for an attention that computes the call instead and may free them early."""
+        for name in ("q", "k", "v", "attn_mask"):
+            object.__setattr__(self, name, None)
+
     def restore(self, out: Tensor) -> Tensor:
         """The kernel's output, which has the layout of q, in the layout that the caller asked for: a view."""
         if self.packed_heads is None:
             return out if self.heads_out else out.transpose(1, 2).flatten(2)
         return out.unflatten(-1, (self.packed_heads, -1)).transpose(1, 2) if self.heads_out else out
+
+
+def _packed(x: Tensor) -> Tensor:
+    """[B, N, H, D] as a view [B, N, H*D], where there is one; anything else as it is."""
+    return x.flatten(2) if x.dim() == 4 and x.stride(2) == x.shape[3] * x.stride(3) else x

@@ -8,6 +8,7 @@ from comfyui import find_comfyui
 
 COMFY = find_comfyui()
 sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("family_kit")
 if COMFY is None:
     collect_ignore_glob = ["test_*.py"]
 else:

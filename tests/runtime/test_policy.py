@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from liteattention.kernels import TILE
@@ -52,6 +52,32 @@ def test_tokens_beyond_the_latent_are_protected_wherever_they_stand(seqlen, late
             mask = kept.tile_mask(seqlen, seqlen)
             for token in (0, extra - 1, seqlen - extra, seqlen - 1):
                 assert mask[token // TILE].all() and mask[:, token // TILE].all()
+
+
+@given(st.integers(1, 2000), st.data())
+def test_tokens_on_a_known_side_are_protected_there_and_nowhere_else(latent, data):
+    front, behind = data.draw(st.integers(0, latent)), data.draw(st.integers(0, latent))
+    assume(front + behind <= latent)
+    seqlen = front + latent + behind
+    known = data.draw(st.sampled_from([(front, behind), (front, None), (None, behind)]))
+    kept = policy.must_keep_tokens(seqlen, policy.VideoTokens(latent, *known))
+    ranges = kept.keys if kept else ()
+    assert ranges == tuple(r for r in ((0, front), (seqlen - behind, seqlen)) if r[0] < r[1])
+    assert kept is None or kept.queries == ranges
+
+
+@given(st.integers(1, 2000), st.integers(0, 2000), st.data())
+def test_a_side_that_cannot_be_right_protects_both(latent, extra, data):
+    wrong = extra + data.draw(st.integers(1, 2000))
+    for sides in ((wrong, None), (None, wrong), (None, None)):
+        assert policy.must_keep_tokens(latent + extra, policy.VideoTokens(latent, *sides)) == \
+            policy.must_keep_tokens(latent + extra, latent)
+
+
+def test_attentions_of_another_width_are_not_over_the_video():
+    video = policy.VideoTokens(500, width=256)
+    assert policy.token_reason(500, video, 256) is None
+    assert policy.token_reason(500, video, 128) == policy.NOT_VIDEO
 
 
 def test_an_unknown_layout_is_left():
