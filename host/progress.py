@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
+from collections.abc import Callable
 
 log = logging.getLogger("LiteAttention")
+
+INTERVAL_S = 0.25
+"""Seconds between two texts of a run at least: steps of small models come faster than anybody reads."""
 
 
 def show(text: str, node_id: str | None) -> None:
@@ -19,3 +25,19 @@ def show(text: str, node_id: str | None) -> None:
             server.send_progress_text(text, node_id)
     except Exception as error:
         log.debug("LiteAttention: no progress text: %s", error)
+
+
+class Ticker:
+    """Shows the texts of one run on its node, at most one every INTERVAL_S."""
+
+    def __init__(self, node_id: str | None, clock: Callable[[], float] = time.monotonic):
+        self._node_id = node_id
+        self._clock = clock
+        self._shown = -math.inf
+
+    def show(self, text: Callable[[], str]) -> None:
+        """Show what `text` gives, unless another one has just been shown."""
+        now = self._clock()
+        if now - self._shown >= INTERVAL_S:
+            self._shown = now
+            show(text(), self._node_id)

@@ -1,0 +1,105 @@
+"""Nodes that show what a run did: its account as a picture, and two clips of the same seed side by side."""
+
+from __future__ import annotations
+
+import json
+
+from comfy_api.latest import io, ui
+
+from ..host import run_handle
+from ..report import compare_clips, draw_run, run_summary
+from ..runtime import parse_blocks
+
+_FRAMES_MAX, _GAIN_MAX = 8, 64.0
+
+
+class LiteAttentionReport(io.ComfyNode):
+    """The account of the last sampling run of a patched model, as a picture, as text and as JSON."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiteAttentionReport",
+            display_name="LiteAttention Report",
+            category="model/patch",
+            search_aliases=["sparse attention", "statistics", "skip mask", "benchmark"],
+            description="What LiteAttention did in the last sampling run: skipped share per step and layer, the masks, "
+                        "which calls were left and why, time saved, what to try.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the sampler used, patched by LiteAttention."),
+                io.Latent.Input("samples", tooltip="The sampler's latent; passed through. It makes this node wait for "
+                                                   "the sampler."),
+                io.String.Input(
+                    "layers", default="", advanced=True,
+                    tooltip='Transformer blocks whose masks are drawn, as in "0, 12, -1"; at most four. Empty: some, '
+                            "evenly spread."),
+                io.String.Input(
+                    "heads", default="", advanced=True,
+                    tooltip='Heads whose masks are drawn, as in "0, 5"; at most two. Empty: all heads at once, and the '
+                            "one that skips most."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="samples", tooltip="The latent as it came."),
+                io.Image.Output(display_name="plot", tooltip="The picture, 1600 x 1200."),
+                io.String.Output(display_name="summary", tooltip="The same in a few lines of text."),
+                io.String.Output(display_name="stats", tooltip="Every number as JSON. Please add it to bug reports."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, layers: str | None = None, heads: str | None = None) -> bool | str:
+        """Numbers that cannot be read; linked values are not known yet and arrive as None."""
+        for name, value in (("layers", layers), ("heads", heads)):
+            try:
+                parse_blocks(value or "")
+            except ValueError as error:
+                return f"{name}: {error}"
+        return True
+
+    @classmethod
+    def execute(cls, model, samples: dict, layers: str = "", heads: str = "") -> io.NodeOutput:
+        handle = run_handle(model)
+        if handle is None:
+            raise ValueError("model has no LiteAttention on it; connect the model that comes from a LiteAttention node "
+                             "and goes into the sampler.")
+        if handle.receipt is None:
+            raise ValueError("No sampling run of this model has finished yet; connect the latent of the sampler that "
+                             "uses it to samples, so that this node waits for it.")
+        stats = handle.receipt.to_dict()
+        plot, summary = draw_run(stats, handle.pictures), run_summary(stats, handle.pictures)
+        return io.NodeOutput(samples, plot, summary, json.dumps(stats), ui=ui.PreviewImage(plot, cls=cls))
+
+
+class LiteAttentionCompare(io.ComfyNode):
+    """A dense and a lite clip of the same seed: PSNR, SSIM and a strip of frames."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiteAttentionCompare",
+            display_name="LiteAttention Compare",
+            category="image/video",
+            search_aliases=["psnr", "ssim", "difference", "quality", "sparse attention"],
+            description="Two clips of the same seed, one without and one with LiteAttention: frames, their difference, "
+                        "PSNR and SSIM of each frame.",
+            inputs=[
+                io.Image.Input("dense", tooltip="Decoded frames of the run without LiteAttention."),
+                io.Image.Input("lite", tooltip="Decoded frames of the run with it: same seed, size and settings."),
+                io.Int.Input("frames", default=4, min=1, max=_FRAMES_MAX,
+                             tooltip="How many frames are shown, evenly spread over the clip."),
+                io.Float.Input("gain", default=8.0, min=1.0, max=_GAIN_MAX, step=1.0, advanced=True,
+                               tooltip="The difference is multiplied by this to be seen at all."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="strip", tooltip="Dense, lite, difference; PSNR and SSIM below."),
+                io.String.Output(display_name="summary", tooltip="PSNR and SSIM of the clip and of its worst frame."),
+                io.String.Output(display_name="stats", tooltip="Every number as JSON."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, dense, lite, frames: int = 4, gain: float = 8.0) -> io.NodeOutput:
+        strip, summary, stats = compare_clips(dense, lite, frames, gain)
+        return io.NodeOutput(strip, summary, json.dumps(stats), ui=ui.PreviewImage(strip, cls=cls))
