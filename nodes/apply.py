@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import attach, continues
-from ..runtime import LiteAttentionConfig, RunHandle, parse_blocks
+from ..host import ProfiledRuns, attach, continues, wanted_masks
+from ..runtime import LiteAttentionConfig, ProfileHandle, RunHandle, parse_blocks
 from ..runtime.config import (
     BUDGET_MAX,
     PRECISIONS,
@@ -21,6 +21,7 @@ from ..runtime.config import (
     threshold_problem,
 )
 
+LiteAttentionProfile = io.Custom("LITE_ATTENTION_PROFILE")
 LiteAttentionRun = io.Custom("LITEATTENTION_RUN")
 
 
@@ -45,7 +46,8 @@ class LiteAttention(io.ComfyNode):
                     tooltip="When to skip a tile of attention for the rest of the run, as a power of two: -10 skips "
                             "what weighs under 1/1024 of the strongest match. -14: very careful (1/16384). -10: the "
                             "default. -6: bold (1/64), check the video. -3: drafts and small models (1/8). Towards 0 "
-                            "is faster and further from the dense video. Details flicker or vanish? Lower it by 2."),
+                            "is faster and further from the dense video. Details flicker or vanish? Lower it by 2. "
+                            "To skip more, error_budget does better than a threshold above -6."),
                 io.Int.Input(
                     "warmup_steps", default=2, min=0, max=STEPS_MAX,
                     tooltip="Steps at the start of this run that compute everything. More is safer and slower. Never "
@@ -82,10 +84,11 @@ class LiteAttention(io.ComfyNode):
                             "before; every 4th step is tried again. Off: every layer stays with LiteAttention."),
                 io.Float.Input(
                     "error_budget", default=0.0, min=0.0, max=BUDGET_MAX, step=0.01, optional=True, advanced=True,
-                    tooltip="Above 0 it takes the place of threshold: the largest share of its attention that any "
-                            "token may lose when tiles are chosen. 0.05 is 5 %; what stand_in is "
-                            "estimated to carry is not lost. Unlike threshold it means the same for short and long "
-                            "videos. 0: threshold decides."),
+                    tooltip="Above 0 it takes the place of threshold: the largest share of its attention that a token "
+                            "may lose when tiles are chosen; what stand_in is estimated to carry is not lost. 0.02: "
+                            "skips what nobody can see. 0.1: careful. 0.3: a good start. 1: bold. It means the same "
+                            "for short and long videos, and where much is skipped it stays closer to the dense video "
+                            "than a high threshold does. 0: threshold decides."),
                 io.Int.Input(
                     "refresh_every", default=0, min=0, max=REFRESH_MAX, optional=True, advanced=True,
                     tooltip="At each sparse step one of so many parts of the video is looked at in full again, so that "
@@ -101,6 +104,11 @@ class LiteAttention(io.ComfyNode):
                     tooltip="The run output of the LiteAttention node before the sampler whose latent this one goes on "
                             "with (steps 0-10, then 10-20; Wan 2.2's high, then low noise model). This run skips from "
                             "its first step what that one has found. Leave unconnected for runs of their own."),
+                LiteAttentionProfile.Input(
+                    "profile", optional=True, advanced=True,
+                    tooltip="From LiteAttention Load Profile: thresholds that were measured for each layer and part of "
+                            "the run. Replaces threshold, error_budget, stand_in and refresh_every. Layers that are "
+                            "not in it stay as they were."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The patched model; the input model stays as it was."),
@@ -128,10 +136,14 @@ class LiteAttention(io.ComfyNode):
     def execute(cls, model, threshold: float, warmup_steps: int, dense_end_steps: int = 0, dense_blocks: str = "",
                 min_tokens: int = 0, max_state_mb: int = STATE_MB_DEFAULT, log_details: bool = False,
                 precision: str = "auto", never_slower: bool = True, error_budget: float = 0.0, refresh_every: int = 0,
-                stand_in: bool = True, continue_from: RunHandle | None = None) -> io.NodeOutput:
+                stand_in: bool = True, continue_from: RunHandle | None = None,
+                profile: ProfileHandle | None = None) -> io.NodeOutput:
         config = LiteAttentionConfig(threshold, warmup_steps, dense_end_steps, dense_blocks, min_tokens, max_state_mb,
                                      log_details, precision, never_slower, error_budget, refresh_every, stand_in)
         node_id = cls.hidden.unique_id
         handle = RunHandle()
         handle.wanted = bool(continues(cls.hidden.prompt, node_id))
-        return io.NodeOutput(attach(model, config, node_id=node_id, handle=handle, continue_from=continue_from), handle)
+        handle.wanted_pictures = wanted_masks(cls.hidden.prompt, node_id)
+        patched = attach(model, config, node_id=node_id, handle=handle, continue_from=continue_from,
+                         profiled=None if profile is None else ProfiledRuns(profile))
+        return io.NodeOutput(patched, handle)

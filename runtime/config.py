@@ -12,7 +12,7 @@ THRESHOLD_MIN, THRESHOLD_MAX, THRESHOLD_DEFAULT = -30.0, 0.0, -10.0
 STEPS_MAX = 100
 STATE_MB_MIN, STATE_MB_MAX, STATE_MB_DEFAULT = 16, 65536, 512
 TOKENS_MAX = 1_000_000
-BUDGET_MAX = 0.5
+BUDGET_MAX = 1.0
 REFRESH_MAX = 64
 
 _BLOCK = re.compile(r"^(-?\d+)(?:-(-?\d+))?$")
@@ -33,7 +33,8 @@ class LiteAttentionConfig:
         precision: "auto", "full" or "int8" (see `precision_choice`).
         never_slower: layers that stay too dense to gain go to the previous attention.
         error_budget: above 0 it replaces `threshold`: the largest share of its attention (with `stand_in`: of what is
-            at stake of it) that a token may lose when tiles are chosen, 0..0.5. Each key tile gets an equal part.
+            at stake of it) that a token may lose when tiles are chosen, 0..1. Each key tile gets an equal part;
+            1 drops tiles that hold less than an even share.
         refresh_every: 0 = never; at each evaluation of a sparse step 1 of so many query tiles is judged anew.
         stand_in: skipped tiles are represented by their means and do not vanish (see `lite_attention`).
 
@@ -71,7 +72,7 @@ class LiteAttentionConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False.")
         budget = self.error_budget
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget <= BUDGET_MAX:
-            raise ValueError(f"error_budget is {budget!r}; it is a share from 0 (off) to {BUDGET_MAX}.")
+            raise ValueError(f"error_budget is {budget!r}; it is a share from 0 (off) to {BUDGET_MAX:g}.")
         parse_blocks(self.dense_blocks)
 
     @property

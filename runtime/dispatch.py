@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..kernels import break_even_density
+from ..kernels import break_even_density, call_tiles
 
 MARGIN = 0.97
 """Below 1, because the time of our kernel falls a little less than its share of tiles."""
@@ -36,6 +36,11 @@ class CallShape(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     precision: str
+
+    @property
+    def tiles(self) -> int:
+        """Of one batch row."""
+        return call_tiles(1, self.heads, self.seqlen, self.seqlen)
 
     def __str__(self) -> str:
         return (f"{self.heads} heads x {self.seqlen} tokens x {self.head_dim}, "
@@ -273,6 +278,30 @@ class Dispatcher:
                 self._untimed(self._break_evens, shape, error)
         except Exception as error:
             self._give_up(error)
+
+    def tile_seconds(self) -> tuple[float, float] | None:
+        """Seconds per tile of the previous attention and of ours, over the run's shapes that have been timed; None if
+        none has."""
+        if self._break_evens is None:
+            return None
+        try:
+            timed = [(known.dense_seconds / tiles, known.ours_seconds / tiles)
+                     for known, tiles in ((self._break_evens.of(shape), shape.tiles) for shape in self._shapes)
+                     if known.dense_seconds is not None and known.ours_seconds is not None]
+        except Exception as error:
+            self._give_up(error)
+            return None
+        return tuple(statistics.fmean(side) for side in zip(*timed, strict=True)) if timed else None
+
+    def break_even(self) -> float:
+        """Mean break-even density of the run's shapes; 1 where there is nothing to choose."""
+        if self._break_evens is None or not self._shapes:
+            return 1.0
+        try:
+            return statistics.fmean(self._break_evens.of(shape).density for shape in self._shapes)
+        except Exception as error:
+            self._give_up(error)
+            return 1.0
 
     def report(self) -> list[dict]:
         """The break-evens that this run used, as plain values: shape, density, source, seconds."""

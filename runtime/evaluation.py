@@ -57,20 +57,27 @@ class Evaluation:
         Never raises on behalf of skip-mask attention: what it cannot serve, `previous` computes, counted by reason.
         """
         session = self.session
-        started = self._clock(call)
-        reason, over_video = self._reason(call, layer)
-        out = None
-        if reason is None:
-            out, reason = self._take(call, layer)
+        started = self._clock(call.q.device)
+        out, over_video = None, False
+        try:
+            reason, over_video = self._reason(call, layer)
+            if reason is None:
+                out, reason = self._take(call, layer)
+        except Exception as error:
+            if policy.is_out_of_memory(error):
+                raise
+            reason = self._give_up(str(layer), error)
         if out is not None:
             tiles = call_tiles(call.batch, call.heads, call.seqlen_q, call.seqlen_k)
-            session.statistics.count_taken(self.number, tiles, call.seqlen_q, self._clock(call) - started)
+            session.statistics.count_taken(self.number, tiles, call.seqlen_q, self._clock(call.q.device) - started)
             return out
         comparable = reason in (Phase.WARMUP.value, policy.DENSE_BLOCK, policy.DENSE_FASTER)
-        with session.dispatcher.timed(self._shape(call) if comparable else None, DENSE, call.batch):
-            out = previous()
+        # Asked for now: `previous` may have the call released.
+        shape, batch, device = self._shape(call) if comparable else None, call.batch, call.q.device
         dense_tiles = call_tiles(call.batch, call.heads, call.seqlen_q, call.seqlen_k) if over_video else 0
-        session.statistics.count_left(self.number, reason, dense_tiles, self._clock(call) - started)
+        with session.dispatcher.timed(shape, DENSE, batch):
+            out = previous()
+        session.statistics.count_left(self.number, reason, dense_tiles, self._clock(device) - started)
         return out
 
     def _reason(self, call: AttentionCall, layer: LayerId | None) -> tuple[str | None, bool]:
@@ -80,7 +87,7 @@ class Evaluation:
         if reason is None and layer is None:
             reason = policy.NO_LAYER
         if reason is None:
-            reason = policy.token_reason(call.seqlen_q, self.latent_tokens)
+            reason = policy.token_reason(call.seqlen_q, self.latent_tokens, call.heads * call.head_dim)
         if reason is not None:
             return reason, False
         if self.rows is None or len(self.rows) != call.batch:
@@ -107,6 +114,12 @@ class Evaluation:
         self._ordinals[str(layer)] += 1
         if session.masks.is_dense(key):
             return None, policy.OVER_STATE_LIMIT
+        reason = session.room.reason(key, layer, self.rows, call.heads, call.seqlen_q)
+        if reason is not None:
+            return None, reason
+        reason = self._profile_reason(call, key)
+        if reason is not None:
+            return None, reason
         density = session.statistics.density(key, device)
         if session.dispatcher.prefers_previous(key, self._shape(call), density):
             return None, policy.DENSE_FASTER
@@ -115,8 +128,10 @@ class Evaluation:
         except Exception as error:
             if policy.is_out_of_memory(error):
                 session.note(f"no memory for the skip mask of layer {layer}; it stays dense")
+                session.room.starve(key)
+                session.masks.forget(key)
                 return None, policy.NO_MEMORY
-            return None, self._give_up(key, error)
+            return None, self._give_up(key.name, error)
         phase = session.phase()
         if phase is not Phase.SPARSE:
             own = session.masks.fresh_rows(key, self.rows)
@@ -126,7 +141,10 @@ class Evaluation:
             # step stays dense for all of them.
             for mask in own:
                 mask.reset()
-        fresh = sum(not mask.passes[0] for mask in masks)
+        restart = session.restarts(key)
+        for mask in masks if restart else ():
+            mask.reopen(1, 0)
+        fresh = call.batch if restart else sum(not mask.passes[0] for mask in masks)
         out, reason = self._run(call, key, masks, fresh)
         if out is not None:
             row_tiles = call_tiles(1, call.heads, call.seqlen_q, call.seqlen_k)
@@ -136,6 +154,22 @@ class Evaluation:
                 session.note(f"masks reached max_state_mb = {session.config.max_state_mb}: layer {name}, which skips "
                              "least, stays dense")
         return out, reason
+
+    def _profile_reason(self, call: AttentionCall, key: LayerKey) -> str | None:
+        """Why the run's profile does not serve this layer, or None."""
+        profile = self.session.profile
+        if profile is None:
+            return None
+        problem = profile.layer_problem(key.profile_name, call.heads, call.head_dim)
+        if problem is None:
+            warning = profile.size_warning(call.seqlen_k)
+            if warning:
+                self.session.note(warning)
+            return None
+        if profile.layer(key.profile_name) is None:
+            return policy.NOT_IN_PROFILE
+        self.session.note(problem)
+        return policy.PROFILE_SIZE
 
     def _run(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask],
              fresh: int) -> tuple[Tensor | None, str | None]:
@@ -161,7 +195,7 @@ class Evaluation:
                 shape = None
             session.statistics.count_reopened(reopened, key.device)
         except UnsupportedAttention as error:
-            for query_tiles in reopened:
+            for query_tiles in reversed(reopened):  # a mask may be there twice
                 query_tiles.words.copy_(query_tiles.before)
             session.note(f"layer {key.name} left as it was: {error}")
             return None, error.reason
@@ -169,16 +203,16 @@ class Evaluation:
             session.masks.forget(key)
             if policy.is_out_of_memory(error):
                 raise
-            return None, self._give_up(key, error)
+            return None, self._give_up(key.name, error)
         return call.restore(out), None
 
     def _attention(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask], skip_now: bool,
                    precision: str, stand_in: bool) -> Tensor:
-        session, config = self.session, self.session.config
+        session = self.session
+        threshold, criterion = session.skip_test(key, call.seqlen_k)
         return lite_attention(
             call.q, call.k, call.v, masks, heads=call.packed_heads, sm_scale=call.sm_scale,
-            threshold=config.call_threshold(call.seqlen_k), criterion=config.criterion, skip_now=skip_now,
-            stand_in=stand_in,
+            threshold=threshold, criterion=criterion, skip_now=skip_now, stand_in=stand_in,
             must_keep=policy.must_keep_tokens(call.seqlen_q, self.latent_tokens), precision=precision,
             backend=session.backend(key.device), workspace=session.workspace(key.device),
             computed=session.statistics.counters(key, key.device))
@@ -197,17 +231,17 @@ class Evaluation:
             return None
         return CallShape(device, call.heads, call.seqlen_q, call.head_dim, call.q.dtype, precision)
 
-    def _give_up(self, key: LayerKey, error: Exception) -> str:
+    def _give_up(self, layer: str, error: Exception) -> str:
         """Leave every further call of the run to the previous attention, and say why."""
         self.session.failed = True
-        self.session.note(f"the kernel failed at layer {key.name} and is not tried again in this run; attention goes "
+        self.session.note(f"the kernel failed at layer {layer} and is not tried again in this run; attention goes "
                           f"on as it was before. {type(error).__name__}: {str(error)[:300]}")
         return policy.KERNEL_FAILED
 
-    def _clock(self, call: AttentionCall) -> float:
+    def _clock(self, device: torch.device) -> float:
         """Seconds, after the device has caught up; 0 unless details are logged."""
         if not self.session.config.log_details:
             return 0.0
-        if call.q.device.type == "cuda":
-            torch.cuda.synchronize(call.q.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()

@@ -7,17 +7,25 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
 
 import torch
 
 from ..kernels import Workspace, precision_choice, resolve_backend
+from .advice import advise
 from .config import LiteAttentionConfig, parse_blocks
 from .dispatch import BreakEvens, Dispatcher
 from .evaluation import Evaluation
 from .kept import LOST, NO_RUN, NOT_ASKED, NOT_FINISHED, NOTHING, SEVERAL, KeptMasks
+from .policy import VideoTokens
+from .profile import Profile
+from .receipt import Receipt, StepReport
+from .room import FreeMemory, Room
+from .savings import saved
 from .schedule import Phase, StepPlan
-from .state import MB, MaskTable
-from .statistics import Receipt, Statistics, StepReport
+from .snapshot import MaskChoice, MaskPicture, mask_pictures
+from .state import MB, LayerKey, MaskTable
+from .statistics import Statistics
 
 log = logging.getLogger("LiteAttention")
 
@@ -29,11 +37,15 @@ class RunHandle:
 
     Attributes:
         wanted: whether something will continue the runs of this handle.
+        wanted_pictures: which masks to keep as pictures, or None.
+        pictures: of the masks of the last finished run, where they were wanted.
     """
 
     def __init__(self) -> None:
         self.receipt: Receipt | None = None
         self.wanted = False
+        self.wanted_pictures: MaskChoice | None = None
+        self.pictures: list[MaskPicture] = []
         self._kept: KeptMasks | None = None
         self._prompt: Hashable = None
         self._several = False
@@ -54,11 +66,16 @@ class RunHandle:
         again = prompt is not None and prompt == self._prompt
         self._several = again and (self._several or self._kept is not None)
         self._kept, self._prompt, self._why = None, prompt, SEVERAL if self._several else NOT_FINISHED
+        self.pictures = []
 
     def keep(self, session: Session, wanted: bool) -> None:
         """The run of `session` has finished and is about to be closed; its masks stay if they are wanted."""
         if not self._several:
             self._kept, self._why = session.keep_masks() if wanted else (None, NOT_ASKED)
+
+    def picture(self, session: Session, choice: MaskChoice | None) -> None:
+        """Keep pictures of the masks of `session`, which is about to be closed."""
+        self.pictures = mask_pictures(session.masks.all_masks(), choice, session.layout) if choice is not None else []
 
     def take(self, prompt: Hashable = None) -> tuple[KeptMasks | None, str]:
         """(the masks, ""), or (None, why there are none). Either way the handle has none any more."""
@@ -81,25 +98,34 @@ class Session:
         break_evens: what earlier runs with the same previous attention have timed, and where this one adds. None
             does without `never_slower`.
         kept: masks of the run that this one continues.
+        profile: takes the place of the settings that choose tiles (threshold, error_budget, stand_in).
+        free_memory: free bytes of a device, or None where that is not known; masks that would not fit are not made.
     """
 
     def __init__(self, config: LiteAttentionConfig, total_steps: int, *,
                  on_step: Callable[[StepReport], None] | None = None,
                  allocating: Callable[[], AbstractContextManager] = nullcontext,
-                 break_evens: BreakEvens | None = None, kept: KeptMasks | None = None):
-        self.config = config
+                 break_evens: BreakEvens | None = None, kept: KeptMasks | None = None,
+                 profile: Profile | None = None, free_memory: FreeMemory | None = None):
+        # A profile drops each tile once, where it may: what is opened again would stay.
+        self.config = config if profile is None else replace(config, refresh_every=0)
+        self.profile = profile
         self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps)
         self.dense_blocks = parse_blocks(config.dense_blocks)
         self.continuing = kept is not None
         self.masks = MaskTable(config.max_state_mb * MB, allocating, kept, self.note)
+        self.room = Room(self.masks, self.dense_blocks, free_memory, self.note)
         self.statistics = Statistics(allocating)
         self.step = 0
+        self.layout: tuple[int | VideoTokens, int] | None = None
         self.failed = False
         self.dispatcher = Dispatcher(break_evens if config.never_slower else None, self.note)
         self._on_step = on_step
         self._allocating = allocating
         self._workspaces: dict[torch.device, Workspace] = {}
         self._backends: dict[torch.device, str | None] = {}
+        # Of each layer, the last step that took thresholds of the profile, and the progress of the one before it.
+        self._profiled: dict[LayerKey, tuple[int, float]] = {}
         self._int8_failed = False
         self._stand_in_failed = False
         self._kept_bytes = 0
@@ -107,9 +133,12 @@ class Session:
         self._lock = threading.Lock()
         self._evaluation_numbers = itertools.count()
         self._receipt: Receipt | None = None
+        if config.refresh_every and profile is not None:
+            self.note("refresh_every is not used with a profile")
 
     def evaluation(self, *, model: Hashable, rows: Sequence[Hashable] | None, latent_tokens: int | None,
-                   window: Hashable = None, leave: str | None = None) -> Evaluation:
+                   window: Hashable = None, leave: str | None = None, frame_tokens: int | None = None,
+                   kind: type[Evaluation] = Evaluation) -> Evaluation:
         """The context of one forward pass of a model.
 
         Args:
@@ -118,8 +147,11 @@ class Session:
             latent_tokens: tokens that the latent makes, or None if unknown; a sequence may hold more.
             window: identity of the context window, or None.
             leave: reason to leave every call of this pass to the previous attention.
+            frame_tokens: tokens of one latent frame, or None if unknown or if the model does not go frame by frame.
+            kind: what to make of it.
         """
-        return Evaluation(self, next(self._evaluation_numbers), model, rows, latent_tokens, window, leave)
+        self.layout = (latent_tokens, frame_tokens) if latent_tokens is not None and frame_tokens else None
+        return kind(self, next(self._evaluation_numbers), model, rows, latent_tokens, window, leave)
 
     def phase(self) -> Phase:
         """The phase of the current step."""
@@ -130,11 +162,11 @@ class Session:
         phase = self.phase()
         if phase in (Phase.WARMUP, Phase.RECORD) and self.masks.continued_rows:
             phase = Phase.SPARSE
-        skipped = self.statistics.end_step(self.step)
+        number, self.step = self.step, max(self.step, step + 1)  # the run goes on, whatever happens to its books
+        skipped = self.statistics.end_step(number)
         self.dispatcher.end_step()
-        report = StepReport(self.step + 1, self.plan.total_steps, skipped, self.statistics.skipped_so_far(),
-                            self.masks.nbytes, phase.value)
-        self.step = max(self.step, step + 1)
+        report = StepReport(number + 1, self.plan.total_steps, skipped, self.statistics.skipped_so_far(),
+                            self.masks.nbytes, phase.value, saved(self.statistics, self.dispatcher))
         if self._on_step is not None:
             self._on_step(report)
         return report
@@ -176,7 +208,34 @@ class Session:
     @property
     def stand_in(self) -> bool:
         """Whether calls represent skipped tiles by stand-ins."""
-        return self.config.stand_in and not self._stand_in_failed
+        return (self.profile or self.config).stand_in and not self._stand_in_failed
+
+    @property
+    def progress(self) -> float:
+        """How far the run is when the current step starts, 0..1 (see `Profile`)."""
+        return self.step / self.plan.total_steps
+
+    @property
+    def rule(self) -> str:
+        """Which rule chooses the tiles, for people."""
+        return self.profile.describe() if self.profile is not None else self.config.rule
+
+    def skip_test(self, key: LayerKey, seqlen_k: int) -> tuple[float, str]:
+        """(threshold in log2, criterion) of a call of a layer over so many keys."""
+        if self.profile is None:
+            return self.config.call_threshold(seqlen_k), self.config.criterion
+        return self._from_profile(key, seqlen_k)[0], self.profile.criterion
+
+    def restarts(self, key: LayerKey) -> bool:
+        """Whether a layer's masks start anew in this step, with every tile active."""
+        return self.profile is not None and self._from_profile(key)[1]
+
+    def _from_profile(self, key: LayerKey, seqlen_k: int | None = None) -> tuple[float, bool]:
+        step, since = self._profiled.get(key, (-1, -1.0))
+        if step != self.step:
+            since = step / self.plan.total_steps if step >= 0 else -1.0
+            self._profiled[key] = self.step, since
+        return self.profile.at(key.profile_name, self.progress, since, seqlen_k)
 
     def do_without(self, precision: str, stand_in: bool) -> bool:
         """A call with these ran out of memory: do without the larger of what it adds, INT8 copies before stand-ins, for
@@ -219,22 +278,24 @@ class Session:
         if self._receipt is None:
             try:
                 self.statistics.end_step(self.step)
-            except RuntimeError as error:
+            except Exception as error:
                 # After an error on the device its counters cannot be read; the memory is freed all the same.
-                log.warning("LiteAttention: the books of the last step are lost: %s", error)
-            self._receipt = self._account()
-            self.masks.close()
-            self.statistics.close()
-            for workspace in self._workspaces.values():
-                workspace.close()
-            self._workspaces.clear()
+                log.warning("LiteAttention: the books of the last step are lost: %s", str(error))
+            try:
+                self._receipt = self._account()
+            finally:
+                self.masks.close()
+                self.statistics.close()
+                for workspace in self._workspaces.values():
+                    workspace.close()
+                self._workspaces.clear()
         return self._receipt
 
     def _account(self) -> Receipt:
         statistics = self.statistics
         backends = [f"{name} backend on {device}" for device, name in self._backends.items() if name]
-        return Receipt(
-            plan=self.plan.describe(self.masks.continued_rows > 0), rule=self.config.rule,
+        receipt = Receipt(
+            plan=self.plan.describe(self.masks.continued_rows > 0), rule=self.rule,
             steps_done=self.step, total_steps=self.plan.total_steps,
             evaluations=statistics.evaluations, taken=statistics.taken, left=dict(statistics.left),
             tiles_computed=statistics.tiles_computed, tiles_total=statistics.tiles_total,
@@ -243,4 +304,7 @@ class Session:
             state_bytes=self.masks.peak_bytes, tokens=statistics.tokens,
             backend=", ".join(backends) or "no backend used",
             refreshed=statistics.refreshed, came_back=statistics.came_back, kept_bytes=self._kept_bytes,
-            dense_layers=self.masks.dense_layers, break_evens=self.dispatcher.report(), notes=list(self._notes))
+            dense_layers=self.masks.dense_layers, break_evens=self.dispatcher.report(), notes=list(self._notes),
+            layers={name: shares[:max(self.step, 1)] for name, shares in statistics.layer_shares().items()},
+            saved=saved(statistics, self.dispatcher), settings=asdict(self.config))
+        return replace(receipt, advice=advise(receipt, self.config, self.profile is not None))

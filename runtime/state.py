@@ -32,6 +32,11 @@ class LayerKey:
     ordinal: int = 0
     window: Hashable = None
 
+    @property
+    def profile_name(self) -> str:
+        """The layer in a profile: blocks that run several self-attentions number them from the second on."""
+        return self.name if not self.ordinal else f"{self.name} #{self.ordinal + 1}"
+
 
 @dataclass
 class _Row:
@@ -95,6 +100,11 @@ class MaskTable:
         """Bytes of all masks."""
         return sum(layer.nbytes for layer in self._layers.values())
 
+    def nbytes_on(self, device: torch.device) -> int:
+        """Bytes of the masks on one device."""
+        with self._lock:
+            return sum(layer.nbytes for key, layer in self._layers.items() if key.device == device)
+
     @property
     def dense_layers(self) -> list[str]:
         """Names of the layers let go for lack of memory, in the order of their blocks."""
@@ -123,6 +133,7 @@ class MaskTable:
                     row = None
                 if row is None:
                     row = layer.rows[name] = self._new_row(key, name, signature)
+                    layer.density = None
                     self.grown = True
                 found.append(row.mask)
             self.peak_bytes = max(self.peak_bytes, self.nbytes)

@@ -6,13 +6,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels import Reopened
-from . import policy
 
 MB = 2**20
 COUNTERS = 32
@@ -26,124 +25,18 @@ def bytes_text(nbytes: int) -> str:
     return f"{nbytes / MB:.1f} MB" if nbytes >= MB // 10 else f"{nbytes / 1024:.1f} KB"
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """One finished step.
-
-    Attributes:
-        step, total_steps: counted from 1.
-        skipped: share of this step's self-attention tiles that were not computed, 0..1; None if no eligible call
-            ran (a step cache answered it).
-        skipped_so_far: the same for the run up to here.
-        state_bytes: memory of the skip masks.
-        phase: what the step was by plan.
-    """
-
-    step: int
-    total_steps: int
-    skipped: float | None
-    skipped_so_far: float
-    state_bytes: int
-    phase: str
-
-    def text(self) -> str:
-        """One line for the node."""
-        now = "no attention ran" if self.skipped is None else f"skipped {self.skipped:.0%}"
-        return (f"step {self.step}/{self.total_steps}: {now}, run {self.skipped_so_far:.0%}, "
-                f"state {bytes_text(self.state_bytes)} ({self.phase})")
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """The account of one finished run.
-
-    Attributes:
-        taken: attention calls that ran through skip-mask attention.
-        left: calls that went to the previous attention, by reason. taken + the sum of left = all calls seen.
-        evaluations: model evaluations in which attention was called.
-        tiles_computed, tiles_total: of all self-attention calls over the video's tokens, dense ones included.
-        skipped_per_step: share per step, None where no such call ran.
-        attention_seconds: time inside those self-attention calls, taken and left; None unless details are logged.
-        state_bytes: peak memory of the skip masks.
-        dense_layers: layers left dense because the masks would have exceeded max_state_mb.
-        break_evens: for each shape of call, the share of active tiles above which the previous attention is faster,
-            and where that is known from (`BreakEven`); empty without never_slower.
-        plan: what the settings meant for this run.
-        rule: which rule chose the tiles.
-        refreshed: inactive tiles that `refresh_every` opened to be judged anew; came_back: those of them that stayed.
-        kept_bytes: main memory of the masks that a later run will continue from.
-        notes: things that happened once and are worth a line.
-    """
-
-    plan: str
-    steps_done: int
-    total_steps: int
-    evaluations: int
-    taken: int
-    left: dict[str, int]
-    tiles_computed: int
-    tiles_total: int
-    skipped_per_step: list[float | None]
-    attention_seconds: float | None
-    state_bytes: int
-    tokens: int
-    backend: str
-    dense_layers: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    break_evens: list[dict] = field(default_factory=list)
-    rule: str = ""
-    refreshed: int = 0
-    came_back: int = 0
-    kept_bytes: int = 0
-
-    @property
-    def skipped(self) -> float:
-        """Share of the run's self-attention tiles that were not computed, 0..1."""
-        return 1 - self.tiles_computed / self.tiles_total if self.tiles_total else 0.0
-
-    @property
-    def wrong_drop_rate(self) -> float | None:
-        """Share of the tiles judged anew that mattered after all, or None if none was."""
-        return self.came_back / self.refreshed if self.refreshed else None
-
-    def to_dict(self) -> dict:
-        """Plain values for JSON."""
-        return {**asdict(self), "skipped": self.skipped, "wrong_drop_rate": self.wrong_drop_rate}
-
-    def text(self) -> str:
-        """One readable line: what ran, what was left and why."""
-        if not self.taken and not self.left:
-            return ("no attention call reached LiteAttention: a node after it replaced the attention; "
-                    "put LiteAttention last before the sampler")
-        left = ", ".join(f"{n} {reason}" for reason, n in sorted(self.left.items(), key=lambda item: -item[1]))
-        parts = [f"skipped {self.skipped:.1%} of the attention tiles",
-                 f"{self.taken} of {self.taken + sum(self.left.values())} attention calls taken"
-                 + (f", left as they were: {left}" if left else ""),
-                 *filter(None, (self.plan, self.rule)), f"state {bytes_text(self.state_bytes)}", self.backend]
-        if self.refreshed:
-            parts.append(f"refresh: {self.wrong_drop_rate:.1%} of {self.refreshed} skipped tiles came back")
-        if self.kept_bytes:
-            parts.append(f"masks kept for continue_from: {bytes_text(self.kept_bytes)} of main memory")
-        if policy.DENSE_FASTER in self.left:
-            known = dict.fromkeys(f"{known['density']:.0%} ({known['source']})" for known in self.break_evens)
-            parts.append(f"dense attention is faster above {', '.join(known)} of the tiles")
-        if self.attention_seconds is not None:
-            parts.append(f"self-attention took {self.attention_seconds:.2f} s")
-        if self.dense_layers:
-            parts.append(f"left dense to stay within max_state_mb: {', '.join(self.dense_layers)}")
-        return "; ".join([*parts, *self.notes])
-
-
 @dataclass
 class _Layer:
     """A layer's counters [COUNTERS] and its calls of the open step.
 
     Attributes:
+        name: for people; layers that differ in device, network or context window share one.
         tiles, fresh: of those calls; fresh ones belong to rows whose mask had not recorded yet.
         density: active share when last seen with a recorded mask.
     """
 
     counters: Tensor
+    name: str
     tiles: int = 0
     fresh: int = 0
     density: float | None = None
@@ -162,6 +55,12 @@ class Statistics:
 
     Args:
         allocating: context manager to hold around allocations (see `Workspace`).
+
+    Attributes:
+        tiles_computed, tiles_total: of all self-attention calls over the video's tokens, in closed steps.
+        taken_computed, taken_total: of those that skip-mask attention served.
+        seconds, dense_seconds: in all of them, and in those left; 0 unless calls are timed. dense_tiles: of the latter.
+        per_step: step -> [computed, total]; per_layer: layer -> step -> the same of the calls taken.
     """
 
     def __init__(self, allocating: Callable[[], AbstractContextManager] = nullcontext) -> None:
@@ -171,9 +70,14 @@ class Statistics:
         self.seconds = 0.0
         self.tiles_computed = 0
         self.tiles_total = 0
+        self.taken_computed = 0
+        self.taken_total = 0
+        self.dense_seconds = 0.0
+        self.dense_tiles = 0
         self.refreshed = 0
         self.came_back = 0
         self.per_step: dict[int, list[int]] = {}
+        self.per_layer: dict[str, dict[int, list[int]]] = {}
         self._evaluations: set[Hashable] = set()
         self._counters: dict[torch.device, list[Tensor]] = {}
         self._layers: dict[torch.device, dict[Hashable, _Layer]] = {}
@@ -197,7 +101,8 @@ class Statistics:
                     if len(layers) == len(blocks) * LAYERS_PER_BLOCK:
                         with self._allocating():
                             blocks.append(torch.zeros(LAYERS_PER_BLOCK, COUNTERS, dtype=torch.int64, device=device))
-                    layers[layer] = _Layer(blocks[-1][len(layers) % LAYERS_PER_BLOCK])
+                    layers[layer] = _Layer(blocks[-1][len(layers) % LAYERS_PER_BLOCK],
+                                           getattr(layer, "profile_name", str(layer)))
             return layers[layer].counters
 
     def count_layer(self, layer: Hashable, device: torch.device, tiles: int, fresh: int) -> None:
@@ -241,6 +146,8 @@ class Statistics:
             self._open[1] += dense_tiles
             if dense_tiles:
                 self.seconds += seconds
+                self.dense_seconds += seconds
+                self.dense_tiles += dense_tiles
 
     def end_step(self, step: int) -> float | None:
         """Close the books of a step (counted from 0) and give its skipped share. Synchronises once per device."""
@@ -261,12 +168,14 @@ class Statistics:
                     self.came_back += counted.pop()
                     self.refreshed += counted.pop()
                 computed += sum(counted)
+                self.taken_computed += sum(counted)
                 for layer, tiles in zip(self._layers[device].values(), counted, strict=False):
+                    if layer.tiles:
+                        self.taken_total += layer.tiles
+                        _add(self.per_layer.setdefault(layer.name, {}), step, tiles, layer.tiles)
                     layer.close_step(tiles)
             self._open = [0, 0]
-            entry = self.per_step.setdefault(step, [0, 0])
-            entry[0] += computed
-            entry[1] += total
+            _add(self.per_step, step, computed, total)
             self.tiles_computed += computed
             self.tiles_total += total
             return 1 - computed / total if total else None
@@ -277,12 +186,26 @@ class Statistics:
 
     def shares(self) -> list[float | None]:
         """Skipped share of each step."""
-        last = max(self.per_step, default=-1)
-        books = [self.per_step.get(step, [0, 0]) for step in range(last + 1)]
-        return [1 - computed / total if total else None for computed, total in books]
+        return _shares(self.per_step, max(self.per_step, default=-1) + 1)
+
+    def layer_shares(self) -> dict[str, list[float | None]]:
+        """Skipped share of each layer in each step, of the calls that were taken; None where none was."""
+        steps = max(self.per_step, default=-1) + 1
+        return {name: _shares(books, steps) for name, books in self.per_layer.items()}
 
     def close(self) -> None:
         """Let go of device memory."""
         self._counters.clear()
         self._layers.clear()
         self._reopened.clear()
+
+
+def _add(books: dict[int, list[int]], step: int, computed: int, total: int) -> None:
+    entry = books.setdefault(step, [0, 0])
+    entry[0] += computed
+    entry[1] += total
+
+
+def _shares(books: dict[int, list[int]], steps: int) -> list[float | None]:
+    return [1 - computed / total if total else None
+            for computed, total in (books.get(step, (0, 0)) for step in range(steps))]

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("kernels", "runtime", "host", "nodes", "demo")
+LAYERS = ("kernels", "runtime", "report", "host", "nodes", "demo")
 HOST = ("comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes")
 ALLOWED = {
     "kernels": (),
     "runtime": ("kernels",),
-    "host": ("runtime", "comfy", "server"),
-    "nodes": ("host", "runtime", "comfy_api", "demo"),
+    "report": (),
+    "host": ("runtime", "comfy", "folder_paths", "server"),
+    "nodes": ("host", "runtime", "report", "comfy_api", "demo"),
     "demo": ("kernels", "runtime", "comfy_api", "folder_paths"),
 }
 

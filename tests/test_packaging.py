@@ -38,8 +38,8 @@ def shipped():
 def test_the_registry_gets_the_pack_and_nothing_else():
     files = shipped()
     folders = {f.split("/")[0] for f in files if "/" in f}
-    assert {"kernels", "runtime", "host", "nodes"} <= folders <= {"kernels", "runtime", "host", "nodes", "workflows",
-                                                                  "web", "locales"}
+    code = {"kernels", "runtime", "report", "host", "nodes"}
+    assert code <= folders <= code | {"workflows", "web", "locales"}
     assert {f for f in files if "/" not in f} == {"__init__.py", "README.md", "LICENSE", "CHANGELOG.md",
                                                   "pyproject.toml", ".comfyignore"}
     assert sum((ROOT / f).stat().st_size for f in files) < 2**20

@@ -24,11 +24,14 @@ EXPECTED_INPUTS = {
     "log_details": ("BOOLEAN", False, {"advanced": True}),
     "precision": ("COMBO", "auto", {"advanced": True, "options": ["auto", "full", "int8"]}),
     "never_slower": ("BOOLEAN", True, {"advanced": True}),
-    "error_budget": ("FLOAT", 0.0, {"min": 0.0, "max": 0.5, "step": 0.01, "advanced": True}),
+    "error_budget": ("FLOAT", 0.0, {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}),
     "refresh_every": ("INT", 0, {"min": 0, "max": 64, "advanced": True}),
     "stand_in": ("BOOLEAN", True, {"advanced": True}),
     "continue_from": ("LITEATTENTION_RUN", None, {"advanced": True}),
+    "profile": ("LITE_ATTENTION_PROFILE", None, {"advanced": True}),
 }
+NODES = {"LiteAttention", "LiteAttentionCalibrate", "LiteAttentionSaveProfile", "LiteAttentionLoadProfile",
+         "LiteAttentionReport", "LiteAttentionCompare"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def server():
 def prompt():
     """The demo's workflow, smaller: 4 steps at 5 x 16 x 16, 320 tokens, at a threshold where tiles drop."""
     workflow = json.loads((ROOT / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
-    workflow["3"]["inputs"] |= {"threshold": -0.5, "warmup_steps": 1, "min_tokens": 128}
+    workflow["3"]["inputs"] |= {"threshold": -0.5, "error_budget": 0.0, "warmup_steps": 1, "min_tokens": 128}
     workflow["5"]["inputs"] |= {"width": 128, "height": 128, "length": 17}
     workflow["6"]["inputs"]["steps"] = 4
     return workflow
@@ -90,6 +93,18 @@ def test_the_node_is_what_saved_workflows_expect(server):
         assert {k: found.get(k) for k in options} == options, name
         assert len(found["tooltip"]) > 40, name
     assert {"sparse attention", "speed up", "wan", "video"} <= set(node["search_aliases"])
+
+
+def test_every_input_of_every_node_is_explained_on_the_node_and_on_its_page(server):
+    known = server.get("/object_info")
+    assert NODES == {name for name in known if name.startswith("LiteAttention") and "Demo" not in name}
+    for name in NODES:
+        page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert page.startswith(f"# {known[name]['display_name']}\n") and len(known[name]["description"]) > 40
+        assert all(known[name]["output_tooltips"]), name
+        inputs = {**known[name]["input"].get("required", {}), **known[name]["input"].get("optional", {})}
+        for key, (_, options) in inputs.items():
+            assert len(options["tooltip"]) > 15 and (f"**{key}**" in page or f"`{key}`" in page or key == "model"), key
 
 
 def test_tooltips_name_the_defaults_that_are_there(server):
@@ -195,7 +210,7 @@ def test_a_split_run_goes_on_with_its_masks_and_the_cache_is_noticed(server, pro
     ("threshold", 4.0, "Did you mean -4.0?"),
     ("warmup_steps", -1, "smaller than min"),
     ("precision", "fp8", "not in list"),
-    ("error_budget", 0.6, "bigger than max"),
+    ("error_budget", 1.1, "bigger than max"),
     ("refresh_every", 65, "bigger than max"),
 ])
 def test_bad_values_are_refused_on_the_node_before_anything_runs(server, prompt, name, value, said):

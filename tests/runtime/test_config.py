@@ -40,9 +40,9 @@ def test_switches_are_on_or_off(name, value):
         LiteAttentionConfig(**{name: value})
 
 
-@pytest.mark.parametrize("value", [-0.01, 0.51, math.nan, True, "0.1", None])
+@pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, True, "0.1", None])
 def test_bad_budgets_name_the_range(value):
-    with pytest.raises(ValueError, match=rf"^error_budget is {value!r}; it is a share from 0 \(off\) to 0\.5\.$"):
+    with pytest.raises(ValueError, match=rf"^error_budget is {value!r}; it is a share from 0 \(off\) to 1\.$"):
         LiteAttentionConfig(error_budget=value)
 
 
