@@ -87,7 +87,8 @@ def points_section(rows: list[dict], against: str | None = None) -> str:
         against: a method whose curve, at the same share and case, is put beside.
     """
     cells = []
-    for p in points(rows):
+    order = list(dict.fromkeys(r["method"] for r in rows))
+    for p in sorted(points(rows), key=lambda p: (order.index(p["method"]), p["level"])):
         line = [p["method"], f"{p['level']:.4g}", f"{p['skipped']:.1%}", f"{p['psnr_db']:.1f}", f"{p['ssim']:.3f}",
                 f"{p['error_mean']:.4f}", f"{p['dropped_mean']:.4f}"]
         if against is not None:
@@ -131,19 +132,21 @@ def plot(rows: list[dict], path: Path, title: str) -> str:
     everywhere = [p["method"] for p in points(rows) if p["cases"] == len(cases)]
     panels = [(f"mean over {len(cases)} cases", [r for r in rows if r["method"] in everywhere])][:len(cases) - 1]
     panels.append((cases[0], [r for r in rows if r["case"] == cases[0]]))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels) + 2, 5), squeeze=False)
     colours = pyplot.get_cmap("tab20").colors
     names = list(dict.fromkeys(r["method"] for r in rows))
+    lines = {name for name in names if len({r["level"] for r in rows if r["method"] == name}) > 1}
     for axis, (label, shown) in zip(axes[0], panels, strict=True):
         for number, name in enumerate(names):
             line = sorted((100 * p["skipped"], p["psnr_db"]) for p in points(shown) if p["method"] == name)
-            if line:
+            if line and (name in lines or not lines):  # a point that lies on another curve needs no name
                 strong = name == PEER or name.startswith(OURS)
                 axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name, linewidth=2 if strong else 1,
                           linestyle="-" if strong else "--", color=colours[number % len(colours)])
         axis.set(title=label, xlabel="tiles skipped, %", ylabel="PSNR against dense, dB", xlim=(0, 85), ylim=(15, 65))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    axes[0][-1].legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc="center left",
+                       bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

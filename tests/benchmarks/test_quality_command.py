@@ -7,7 +7,8 @@ import sys
 import pytest
 from safetensors import safe_open
 from support.quality_plan import budgets, curves, plan
-from support.quality_runs import CASES
+from support.quality_report import frontier, sections
+from support.quality_runs import CASES, ROOT
 
 PER_RUN = {"case", "method", "level", "tile", "kind", "steps", "skipped", "psnr_db", "ssim", "error_mean", "error_max",
            "dropped_mean", "dropped_q999", "seconds", "attention_seconds", "skipped_per_step", "skipped_per_layer",
@@ -79,3 +80,20 @@ def test_few_steps_have_a_plan_of_their_own(script):
     cases, steps, pairs = quality.chosen(quality.parse(["--steps", "4", "--prompts", "2"]))
     assert steps == 4 and len(cases) == 2
     assert {(s.warmup, s.restart) for _, s in pairs if s.kind == "kernel"} == {(1, 0), (2, 0), (1, 2)}
+
+
+def test_the_page_shows_the_committed_results():
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    results = sorted((ROOT / "benchmarks" / "results").glob("*-quality*.json"))
+    assert len(results) >= 2
+    for path in results:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["finished"] and not result["left_out"] and not result["problems"]
+        for name, table in sections(result["rows"]).items():
+            assert table in page, f"{name} of {path.name}: python benchmarks/quality.py page --out prints it anew"
+
+
+def test_ours_is_above_sol_attn_at_every_share_in_the_committed_result():
+    path, = (ROOT / "benchmarks" / "results").glob("*-quality.json")
+    found = frontier(json.loads(path.read_text(encoding="utf-8"))["rows"])
+    assert [row["share"] for row in found] == list(range(20, 80, 5)) and min(row["lead_db"] for row in found) > 3
