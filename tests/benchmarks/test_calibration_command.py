@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_quick_from_end_to_end(script, tmp_path):
     out = tmp_path / "2026-01-01-calibration.json"
-    done = subprocess.run([sys.executable, script("calibration").__file__, "--quick", "--steps", "4", "--few-steps", "3",
-                           "--target", "0.1", "--limit", "0.2", "--lowest", "-3", "--grid", "0.5", "--out", out],
-                          capture_output=True, text=True, timeout=300)
+    arguments = "--quick --steps 4 --few-steps 3 --target 0.1 --limit 0.2 --lowest -3 --grid 0.5 --out".split()
+    done = subprocess.run([sys.executable, script("calibration").__file__, *arguments, out], capture_output=True,
+                          text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["finished"] and result["calibration"]["worst_error"] <= 0.1
