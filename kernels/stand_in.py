@@ -4,7 +4,7 @@ A skipped tile of n keys enters a row's softmax as one key, the mean of its keys
 value, the mean of its values. What that misses is mostly that the heavier keys of a tile have other values than the
 lighter ones. To first order in the score's variation inside a tile this shifts the value by sm_scale * q·C, where C is
 the covariance of keys and values inside tiles; one C for a whole head does. The first order overshoots where scores
-vary much inside a tile, so the shift is damped by exp(-s / 2), s = sm_scale^2 * qᵀ S q, with S the covariance of keys
+vary much inside a tile, so the shift is damped by exp(-s / 2), s = sm_scale^2 * q·S·q, with S the covariance of keys
 inside tiles: s is the variance of the row's scores inside a tile. The damping is an empirical choice (docs/quality.md).
 
 The same s tells how much of a tile's attention is at stake when the stand-in takes its place: next to nothing where

@@ -17,6 +17,9 @@ _CPU_CHUNK = 32
 """Key tiles taken at once on a CPU: scores and gathered keys stay in its cache and below malloc's mapping threshold,
 above which every call pays for fresh pages (measured: 4x at 8192 tokens)."""
 
+_CPU_ROWS = 16 * TILE
+"""Query rows whose part in stand-ins is computed at once on a CPU: small operations cost more than they compute."""
+
 _SCORE_BUDGET = 64 * 2**20
 """Elements of the score matrix held at once on an accelerator (256 MB in float32)."""
 
@@ -47,8 +50,9 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
     keep = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=q.device) if recording else None
     # Nothing to stand in for, and no decision to take: a summary would be for nothing.
     summary = summarize(k, v) if stand_in and (recording or not active.all()) else None
+    stand_ins = None if summary is None else _StandIns(summary, q, sm_scale, threshold * math.log(2))
     for group in _groups(lists, seqlen_q, q.device):
-        _attend(q, k, v, out, lse, group, threshold * math.log(2), sm_scale, keep, mass, summary)
+        _attend(q, k, v, out, lse, group, threshold * math.log(2), sm_scale, keep, mass, stand_ins)
     if computed is not None:
         computed.view(-1)[:1].add_(int(active.sum()))
     if recording:
@@ -115,14 +119,14 @@ def _groups(lists: list[_TileList], seqlen_q: int, device: torch.device) -> list
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, group: list[_TileList],
-            threshold: float, sm_scale: float, keep: Tensor | None, mass: bool, summary: Summary | None) -> None:
+            threshold: float, sm_scale: float, keep: Tensor | None, mass: bool, stand_ins: _StandIns | None) -> None:
     """Attention of a group alike in tail and query rows, padded to its longest body. threshold: natural log."""
     rows = min(TILE, q.shape[2] - group[0].qt * TILE)
 
     def span(x: _TileList) -> slice:
         return slice(x.qt * TILE, x.qt * TILE + rows)
 
-    if group[0].empty and summary is None:
+    if group[0].empty and stand_ins is None:
         for x in group:
             out[x.b, x.h, span(x)] = 0
             if lse is not None:
@@ -142,11 +146,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, gr
         full = k.shape[2] // TILE * TILE
         keys, values = (_stack([t[x.b, x.h, full:] for x in group]).float() for t in (k, v))
         strength.append(softmax.add(keys, values, None))
-    thresholds = torch.full_like(queries[..., :1], threshold)
-    if summary is not None:
-        variance = score_variance(queries, _stack([summary.spread[x.b, x.h] for x in group]))
-        thresholds = raised(threshold, variance)
-        softmax.add_stand_ins(summary, group, variance)
+    if stand_ins is None:
+        thresholds = torch.full_like(queries[..., :1], threshold)
+    else:
+        parts = stand_ins.of(group, queries)
+        thresholds = parts.thresholds
+        skipped = torch.from_numpy(np.stack([x.skipped(parts.scores.shape[-1]) for x in group]))
+        if skipped.any():
+            values = _stack([stand_ins.summary.values[x.b, x.h] for x in group])
+            softmax.add_stand_ins(parts, values, skipped.to(queries.device))
     if keep is not None and strength:
         _vote(torch.cat(strength, -1), body_len, thresholds, group, keep, mass)
     result, row_lse = softmax.finish()
@@ -154,6 +162,51 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, gr
         out[x.b, x.h, span(x)] = result[i].to(out.dtype)
         if lse is not None:
             lse[x.b, x.h, span(x)] = row_lse[i]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What stand-ins need of query rows, whichever tiles are skipped: thresholds [G, rows, 1] (natural log), scores of
+    all stand-ins [G, rows, KT], the covariances' shift of the value per weight of stand-ins [G, rows, D]."""
+
+    thresholds: Tensor
+    scores: Tensor
+    shifted: Tensor
+
+    @classmethod
+    def make(cls, queries: Tensor, keys: Tensor, shift: Tensor, spread: Tensor, log_counts: Tensor,
+             threshold: float) -> _Parts:
+        """queries: [G, rows, D], scaled; keys: [G, KT, D]; shift, spread: [G, D, D]."""
+        variance = score_variance(queries, spread)
+        return cls(raised(threshold, variance), torch.baddbmm(log_counts, queries, keys.mT),
+                   torch.bmm(queries, shift).mul_((variance * -0.5).exp_()))
+
+
+class _StandIns:
+    """`_Parts` of query tiles: of each group on an accelerator, of many rows of a head at once on a CPU."""
+
+    def __init__(self, summary: Summary, q: Tensor, sm_scale: float, threshold: float):
+        self.summary, self._q, self._sm_scale, self._threshold = summary, q, sm_scale, threshold
+        self._at: tuple[int, int, int] | None = None
+        self._rows: _Parts | None = None
+
+    def of(self, group: list[_TileList], queries: Tensor) -> _Parts:
+        """queries: the group's, [G, rows, D], scaled."""
+        if queries.device.type != "cpu":
+            return self._make(queries, [(x.b, x.h) for x in group])
+        x, = group
+        block, first = divmod(x.qt * TILE, _CPU_ROWS)
+        if self._at != (x.b, x.h, block):
+            rows = self._q[x.b, x.h, block * _CPU_ROWS:(block + 1) * _CPU_ROWS]
+            self._rows = self._make(rows.unsqueeze(0).float() * self._sm_scale, [(x.b, x.h)])
+            self._at = x.b, x.h, block
+        here, all_rows = slice(first, first + queries.shape[1]), self._rows
+        return _Parts(all_rows.thresholds[:, here], all_rows.scores[:, here], all_rows.shifted[:, here])
+
+    def _make(self, queries: Tensor, members: list[tuple[int, int]]) -> _Parts:
+        keys, shift, spread = (_stack([x[b, h] for b, h in members])
+                               for x in (self.summary.keys, self.summary.shift, self.summary.spread))
+        return _Parts.make(queries, keys, shift, spread, self.summary.log_counts, self._threshold)
 
 
 class _OnlineSoftmax:
@@ -191,30 +244,24 @@ class _OnlineSoftmax:
         rescale = (self.row_max - finite_max).exp_()
         # exp, not exp2: on a CPU it is several times faster in torch.
         weights = scores.sub_(finite_max).exp_()
-        self.total.mul_(rescale).add_(weights.sum(-1, keepdim=True))
+        by_tile = weights
+        if self.mass:
+            by_tile = weights.unflatten(-1, (1, -1) if whole_tiles is None else (-1, TILE)).sum(-1)
+        self.total.mul_(rescale).add_(by_tile.sum(-1, keepdim=True))
         self.acc.mul_(rescale).baddbmm_(weights, values)
         self.row_max = row_max
-        if self.mass:
-            by_tile = weights.unflatten(-1, (1, -1) if whole_tiles is None else (-1, TILE))
-            return by_tile.sum(-1).log_().add_(finite_max)
-        return tile_max
+        return by_tile.log_().add_(finite_max) if self.mass else tile_max
 
-    def add_stand_ins(self, summary: Summary, group: list[_TileList], variance: Tensor) -> None:
-        """Take in the stand-ins of the tiles that each member of the group skips. variance: [G, rows, 1]."""
-        skipped = torch.from_numpy(np.stack([x.skipped(summary.keys.shape[2]) for x in group])).to(variance.device)
-        if not skipped.any():
-            return
-        keys, values, shift = (_stack([t[x.b, x.h] for x in group])
-                               for t in (summary.keys, summary.values, summary.shift))
-        scores = torch.baddbmm(summary.log_counts, self.queries, keys.mT).masked_fill_(~skipped.unsqueeze(1), -math.inf)
+    def add_stand_ins(self, parts: _Parts, values: Tensor, skipped: Tensor) -> None:
+        """Take in the stand-ins of skipped tiles. values: [G, KT, D]; skipped: bool [G, KT]."""
+        scores = parts.scores.masked_fill(~skipped.unsqueeze(1), -math.inf)
         row_max = torch.maximum(self.row_max, scores.amax(-1, keepdim=True))
         finite_max = torch.where(row_max == -math.inf, 0.0, row_max)
         rescale = (self.row_max - finite_max).exp_()
         weights = scores.sub_(finite_max).exp_()
         added = weights.sum(-1, keepdim=True)
         self.total.mul_(rescale).add_(added)
-        self.acc.mul_(rescale).baddbmm_(weights, values)
-        self.acc.add_(torch.bmm(self.queries, shift) * (added * (variance * -0.5).exp()))
+        self.acc.mul_(rescale).baddbmm_(weights, values).addcmul_(parts.shifted, added)
         self.row_max = row_max
 
     def finish(self) -> tuple[Tensor, Tensor]:

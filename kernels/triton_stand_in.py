@@ -17,8 +17,8 @@ def summary_kernel(k_ptr, v_ptr, keys_ptr, values_ptr, moments_ptr, stride_kb, s
     """One program per (batch row, head, chunk of tiles, moment).
 
     k, v: [B, H, N, D]. keys, values: [B*H, KT, D], means of each tile, in the dtype of k. moments: float32
-    [B*H, n_chunks, 2, D, D], for moment 0 the sum over the chunk of (k - mean)(v - mean)ᵀ, for moment 1 of
-    (k - mean)(k - mean)ᵀ. Moment 0 also writes `values`, moment 1 `keys`. Sums are in a fixed order.
+    [B*H, n_chunks, 2, D, D], for moment 0 the sum over the chunk of (k - mean)(v - mean).T, for moment 1 of
+    (k - mean)(k - mean).T. Moment 0 also writes `values`, moment 1 `keys`. Sums are in a fixed order.
     """
     pid = tl.program_id(0)
     moment = pid % 2

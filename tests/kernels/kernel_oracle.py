@@ -36,7 +36,7 @@ def order(active, own, backwards, n_keys):
 
 
 def inside_tiles(k, x):
-    """[D, D] float64: mean over all keys of (k - mean of k's tile)(x - mean of x's tile)ᵀ. k, x: [N, D]."""
+    """[D, D] float64: mean over all keys of (k - mean of k's tile)(x - mean of x's tile).T. k, x: [N, D]."""
     total = 0
     for start in range(0, k.shape[0], TILE):
         a, b = k[start:start + TILE], x[start:start + TILE]
