@@ -4,10 +4,11 @@ import json
 import re
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from pathspec import PathSpec
 
 from liteattention.kernels import mask_nbytes
 from liteattention.runtime import policy
@@ -28,18 +29,19 @@ def tracked():
 
 
 def shipped():
-    """What `comfy node publish` would zip: tracked files that .comfyignore does not match."""
-    ignored = [line.strip() for line in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
-               if line.strip() and not line.startswith("#")]
-    return [f for f in tracked() if not any(
-        f.startswith(pattern) if pattern.endswith("/") else fnmatch(f, pattern) for pattern in ignored)]
+    """What `comfy node publish` zips: tracked files that .comfyignore, read as comfy-cli reads it, does not match."""
+    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    ignored = PathSpec.from_lines("gitwildmatch", [line.strip() for line in lines if line.strip()])
+    return [f for f in tracked() if not ignored.match_file(f)]
 
 
 def test_the_registry_gets_the_pack_and_nothing_else():
     files = shipped()
     folders = {f.split("/")[0] for f in files if "/" in f}
     code = {"kernels", "runtime", "report", "host", "nodes"}
-    assert code <= folders <= code | {"workflows", "web", "locales"}
+    assert folders == code | {"workflows", "web", "locales"}
+    pages = {f for f in tracked() if f.startswith(("web/docs/", "locales/"))}
+    assert len(pages) >= 10 and pages <= set(files)
     assert {f for f in files if "/" not in f} == {"__init__.py", "README.md", "LICENSE", "CHANGELOG.md",
                                                   "pyproject.toml", ".comfyignore"}
     assert sum((ROOT / f).stat().st_size for f in files) < 2**20
@@ -51,6 +53,34 @@ def test_pyproject_has_what_the_registry_asks_for():
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert (ROOT / project["license"]["file"]).is_file() and project["dependencies"] == []
     assert comfy["requires-comfyui"] == ">=0.19.0" and comfy["PublisherId"] and comfy["DisplayName"]
+
+
+@pytest.mark.parametrize("key, width, height", [("Icon", 400, 400), ("Banner", 1680, 720)])
+def test_the_pictures_of_the_registry_are_in_the_repository(key, width, height):
+    """The registry loads them from there; they are not shipped. An icon is a square of up to 400, a banner is 21:9."""
+    base = PROJECT["project"]["urls"]["Repository"].replace("https://github.com/", "https://raw.githubusercontent.com/")
+    url = PROJECT["tool"]["comfy"][key]
+    assert url.startswith(f"{base}/main/")
+    name = url.removeprefix(f"{base}/main/")
+    assert name in tracked() and name not in shipped()
+    picture = ElementTree.parse(ROOT / name).getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert (picture.get("width"), picture.get("height")) == (str(width), str(height))
+    assert picture.get("viewBox") == f"0 0 {width} {height}"
+
+
+def test_github_runs_the_test_command_everywhere_and_publishes_tags():
+    yaml = pytest.importorskip("yaml")
+    folder = ROOT / ".github"
+    tests, publish, form = (yaml.safe_load((folder / name).read_text(encoding="utf-8")) for name in (
+        "workflows/tests.yml", "workflows/publish.yml", "ISSUE_TEMPLATE/bug_report.yml"))
+    job = tests["jobs"]["tests"]
+    assert {name.split("-")[0] for name in job["strategy"]["matrix"]["os"]} == {"ubuntu", "windows", "macos"}
+    assert "python tests/run.py" in [step.get("run") for step in job["steps"]]
+    # yaml reads the key `on` as true.
+    assert publish[True] == {"push": {"tags": ["v*"]}}
+    asked = {item["id"]: item for item in form["body"] if "id" in item}
+    assert "`stats`" in asked["stats"]["attributes"]["label"] and asked["stats"]["validations"]["required"]
 
 
 def test_comfy_cli_validates_the_pack():
