@@ -66,7 +66,7 @@ def test_a_wrong_variant_has_no_further_times(script, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this takes minutes")
 def test_gpu_runs_the_stages_and_summarises(script, tmp_path):
     out = tmp_path / "out"
-    said = started(script, "gpu", "--out", out, "--budget", 10, "--stages", "tests", "attention")
+    said = started(script, "gpu", "--out", out, "--budget", 30, "--stages", "tests", "attention")
     names = sorted(p.name[10:] if p.name.startswith("20") else p.name for p in out.iterdir())
     assert names == ["-cpu-attention.json", "attention.log", "summary.txt"]
     assert "tests are left to tests/run.py" in said
