@@ -97,3 +97,5 @@ def test_ours_is_above_sol_attn_at_every_share_in_the_committed_result():
     path, = (ROOT / "benchmarks" / "results").glob("*-quality.json")
     found = frontier(json.loads(path.read_text(encoding="utf-8"))["rows"])
     assert [row["share"] for row in found] == list(range(20, 80, 5)) and min(row["lead_db"] for row in found) > 3
+    leads = [row["lead_db"] for row in found]
+    assert f"{min(leads):.1f} to {max(leads):.1f} dB higher" in (ROOT / "README.md").read_text(encoding="utf-8")
