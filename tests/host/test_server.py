@@ -131,7 +131,7 @@ def test_tooltips_name_the_defaults_that_are_there(server):
 def test_shipped_workflows_use_nodes_that_are_there(server, path):
     known = server.get("/object_info")
     missing = {node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]} - set(known)
-    assert not missing
+    assert missing <= {"MarkdownNote"}, "a node of the frontend alone"
 
 
 def test_the_template_browser_lists_them(server):

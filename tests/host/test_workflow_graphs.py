@@ -1,0 +1,169 @@
+"""Shipped workflows on a real server and in its real frontend, with empty files in the places of the models."""
+
+import copy
+import json
+import shutil
+import time
+
+import pytest
+from comfyui import find_comfyui
+
+from liteattention.tools.server import ROOT, ComfyServer, PromptFailed
+
+COMFY = find_comfyui()
+FILES = sorted((ROOT / "workflows").glob("*.json"))
+GRAPHS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
+DEMO, CALIBRATION = "liteattention_tiny_demo", "liteattention_calibration"
+MUTED, ACTIVE = 2, 0
+LOAD_AND_CONVERT = """
+const [graph, name, done] = arguments;
+(async () => {
+  await app.loadGraphData(JSON.parse(graph), true, true, name);
+  await new Promise(resolve => setTimeout(resolve, 100));
+  const prompt = await app.graphToPrompt();
+  done({nodes: app.graph.nodes.map(node => [node.type, node.type in LiteGraph.registered_node_types]),
+        output: prompt.output});
+})().catch(error => done({error: String(error)}));
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ComfyServer(COMFY, environment={"OMP_NUM_THREADS": "1"}) as running:
+        models = running.base / "models"
+        for graph in GRAPHS.values():
+            for model in (m for node in graph["nodes"] for m in node["properties"].get("models", ())):
+                (models / model["directory"]).mkdir(parents=True, exist_ok=True)
+                (models / model["directory"] / model["name"]).touch()
+        (models / "lite_attention").mkdir(exist_ok=True)
+        (models / "lite_attention" / "wan2.1_t2v_1.3B.safetensors").touch()
+        shutil.copy(COMFY / "input" / "example.png", running.base / "input" / "example.png")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def known(server):
+    return server.get("/object_info")
+
+
+def to_prompt(graph, known):
+    """What the frontend's graphToPrompt does for a graph without subgraphs, reroutes and bypassed nodes."""
+    links = {link[0]: link for link in graph["links"]}
+    active = {node["id"] for node in graph["nodes"] if node["mode"] != MUTED and node["type"] in known}
+    prompt = {}
+    for node in (n for n in graph["nodes"] if n["id"] in active):
+        sections = known[node["type"]]["input"]
+        specs = {**sections.get("required", {}), **sections.get("optional", {})}
+        values, inputs = iter(node["widgets_values"]), {}
+        for slot in node["inputs"]:
+            name, options = slot["name"], (specs.get(slot["name"], [None])[1:] or [{}])[0]
+            if "widget" in slot:
+                value = next(values)
+                if name in specs:  # an older ComfyUI has not every widget
+                    inputs[name] = value
+                if options.get("control_after_generate") or options.get("image_upload"):
+                    next(values)
+            if slot["link"] is not None:
+                _, source, output, *_ = links[slot["link"]]
+                inputs.pop(name, None)
+                if source in active:
+                    inputs[name] = [str(source), output]
+        assert next(values, None) is None, f"{node['type']}: more values than widgets"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.fixture
+def blocked(server):
+    """A server that is busy with the demo: a prompt that is posted now is validated and waits."""
+    long = json.loads((ROOT / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
+    long["6"]["inputs"]["steps"] = 10000
+    prompt_id = server.queue(long)
+    deadline = time.monotonic() + 60
+    while not server.get("/queue")["queue_running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield server
+    server.post("/queue", {"clear": True})
+    server.post("/interrupt", {})
+    with pytest.raises(PromptFailed, match="execution_interrupted"):
+        server.wait(prompt_id, 60)
+
+
+def unmuted(graph):
+    graph = copy.deepcopy(graph)
+    for node in graph["nodes"]:
+        node["mode"] = ACTIVE
+    return graph
+
+
+def test_the_server_accepts_every_workflow_and_refuses_a_wrong_name(blocked, known):
+    graphs = {**GRAPHS, "calibration, both parts": unmuted(GRAPHS[CALIBRATION])}
+    for name, graph in graphs.items():
+        answer = blocked.post("/prompt", {"prompt": to_prompt(graph, known)})
+        assert not answer["node_errors"], name
+        assert any(entry[1] == answer["prompt_id"] for entry in blocked.get("/queue")["queue_pending"]), "nothing ran"
+    wrong = to_prompt(GRAPHS["wan2.1_t2v_liteattention"], known)
+    loader = next(node for node in wrong.values() if node["class_type"] == "VAELoader")
+    loader["inputs"]["vae_name"] = "another.safetensors"
+    with pytest.raises(PromptFailed, match="not in list"):
+        blocked.queue(wrong)
+
+
+def test_the_demo_runs_to_the_end(server, known):
+    outputs = server.run(to_prompt(GRAPHS[DEMO], known), timeout_s=300)
+    pictures = [entry for output in outputs.values() for entry in output.get("images", ())]
+    assert len(pictures) == 2 and all(server.output_file(entry).stat().st_size > 0 for entry in pictures)
+    receipt = server.receipts()[-1]
+    assert receipt["taken"] > 0 and receipt["skipped"] > 0.1
+    assert set(receipt["left"]) <= {"cross-attention", "warm-up step"}, "as the note in the graph says"
+
+
+def browser_at(port):
+    """Debian's Chromium without a window, at the frontend of the server."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-proxy-server"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.set_script_timeout(30)
+    browser.get(f"http://127.0.0.1:{port}/")
+    return browser
+
+
+def test_the_frontend_loads_and_converts_every_workflow(server, known):
+    server.post("/settings", {"Comfy.TutorialCompleted": True})
+    browser = browser_at(server.port)
+    try:
+        deadline = time.monotonic() + 60
+        while not browser.execute_script("return Boolean(window.app?.graph && window.LiteGraph?.registered_node_types"
+                                         ".LiteAttention && app.extensionManager?.setting)"):
+            assert time.monotonic() < deadline, "the frontend did not come up"
+            time.sleep(0.2)
+        browser.get_log("browser")  # what a frontend says with an empty user folder
+        for name, graph in GRAPHS.items():
+            found = browser.execute_async_script(LOAD_AND_CONVERT, json.dumps(graph), name)
+            assert "error" not in found, (name, found)
+            assert sorted(kind for kind, _ in found["nodes"]) == sorted(node["type"] for node in graph["nodes"]), name
+            assert all(there for _, there in found["nodes"]), f"{name}: missing nodes"
+            converted = {key: {"class_type": node["class_type"], "inputs": node["inputs"]}
+                         for key, node in found["output"].items() if node["class_type"] in known}
+            assert converted == to_prompt(graph, known), name
+            severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+            assert not severe, (name, severe)
+        listed = browser.execute_async_script(
+            "const done = arguments[1]; Promise.all(arguments[0].map(name => fetch("
+            "`/api/workflow_templates/ComfyUI-LiteAttention/${name}.jpg`).then(answer => answer.status))).then(done)",
+            list(GRAPHS))
+        assert set(listed) == {200}, "thumbnails where the template browser asks for them"
+    finally:
+        browser.quit()
+
+
+def test_the_template_browser_lists_them_all(server):
+    assert set(GRAPHS) <= set(server.get("/workflow_templates")["ComfyUI-LiteAttention"])
