@@ -206,6 +206,6 @@ def test_prompts_in_random_settings_in_one_process(kit, record_property):
     settled = int(COUNT * TRACED) // LOOK + 1  # the first look after one full round of what is traced
     assert max(tensors[settled:]) <= tensors[settled], tensors
     ours, every = zip(*traced[settled:], strict=True)
-    assert max(ours) - ours[0] < 4 * 2**10, "bytes that our files have allocated and nobody has freed"
+    assert max(ours) - ours[0] < 16 * 2**10, "bytes that our files have allocated and nobody has freed"
     assert max(every) - every[0] < 128 * 2**10, every
     record_property("counted", ("prompts soaked", COUNT, SEED))

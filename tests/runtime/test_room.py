@@ -118,7 +118,7 @@ def test_a_layer_without_memory_is_not_tried_again(monkeypatch):
 
 
 def test_nothing_outlives_a_run():
-    """50 runs: as many tensors as before, and no more memory than after the first ten."""
+    """As many tensors as before after every 40 runs, and no more memory than 40 runs earlier."""
     x = torch.randn(1, 130, 64)
 
     def play(number):
@@ -137,15 +137,20 @@ def test_nothing_outlives_a_run():
         gc.collect()
         return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
 
+    logging.disable(logging.CRITICAL)  # pytest keeps every record
     tracemalloc.start()
     try:
         for number in range(10):
             assert play(number) == 4
-        before, memory = tensors(), tracemalloc.get_traced_memory()[0]
-        for number in range(40):
-            play(number)
-        assert tensors() == before
-        grown = tracemalloc.get_traced_memory()[0] - memory
+        before, memory = tensors(), [tracemalloc.get_traced_memory()[0]]
+        for _ in range(4):
+            for number in range(40):
+                play(number)
+            assert tensors() == before
+            memory.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    assert grown < 16 * 2**10, f"{grown} bytes in 40 runs"
+        logging.disable(logging.NOTSET)
+    # Interpreter and torch keep small objects for reuse, now more and now fewer; a leak shows in every window.
+    grown = min(after - at for at, after in zip(memory, memory[1:], strict=False))
+    assert grown < 4 * 2**10, f"{memory} bytes after every 40 runs"
