@@ -60,9 +60,10 @@ class Evaluation:
         started = self._clock(call.q.device)
         out, over_video = None, False
         try:
+            ordinal = self._ordinal(call, layer)
             reason, over_video = self._reason(call, layer)
             if reason is None:
-                out, reason = self._take(call, layer)
+                out, reason = self._take(call, layer, ordinal)
         except Exception as error:
             if policy.is_out_of_memory(error):
                 raise
@@ -79,6 +80,15 @@ class Evaluation:
             out = previous()
         session.statistics.count_left(self.number, reason, dense_tiles, self._clock(device) - started)
         return out
+
+    def _ordinal(self, call: AttentionCall, layer: LayerId | None) -> int:
+        """Which self-attention over the video's tokens this is in its block. Those that are left count too: one that
+        is left in some passes only must not hand its mask to the next one."""
+        if layer is None or call.seqlen_q != call.seqlen_k or policy.token_reason(
+                call.seqlen_q, self.latent_tokens, call.heads * call.head_dim) is not None:
+            return 0
+        self._ordinals[str(layer)] += 1
+        return self._ordinals[str(layer)] - 1
 
     def _reason(self, call: AttentionCall, layer: LayerId | None) -> tuple[str | None, bool]:
         """Why the call is left to the previous attention, and whether it is one over the video's tokens."""
@@ -106,12 +116,11 @@ class Evaluation:
             return policy.NO_BACKEND, True
         return None, True
 
-    def _take(self, call: AttentionCall, layer: LayerId) -> tuple[Tensor | None, str | None]:
+    def _take(self, call: AttentionCall, layer: LayerId, ordinal: int) -> tuple[Tensor | None, str | None]:
         """(result, None), or (None, reason)."""
         session = self.session
         device = call.q.device
-        key = LayerKey(self.model, device, str(layer), self._ordinals[str(layer)], self.window)
-        self._ordinals[str(layer)] += 1
+        key = LayerKey(self.model, device, str(layer), ordinal, self.window)
         if session.masks.is_dense(key):
             return None, policy.OVER_STATE_LIMIT
         reason = session.room.reason(key, layer, self.rows, call.heads, call.seqlen_q)

@@ -71,8 +71,8 @@ class Run:
         the tries of the attention, in order."""
         reason, video = self.why_not(evaluation, layer, rows, seqlen)
         entering, key = [], None
+        site, ordinal = evaluation.count(layer) if video else (None, 0)
         if reason is None:
-            site, ordinal = evaluation.count(layer)
             key = (evaluation.model, device, site, ordinal, evaluation.window)
             reason, entering = self.take(key, layer, rows, (1, seqlen, 64, dtype), plan)
         if reason == "raised":
@@ -260,7 +260,7 @@ class Kept:
 
 
 def evaluation(number, model, latent, window, leave, batch):
-    """One forward pass; counts the self-attentions of each block that get as far as a mask."""
+    """One forward pass; counts the self-attentions over the video's tokens of each block."""
     counts = {}
 
     def count(layer):

@@ -127,6 +127,20 @@ def test_several_attentions_of_one_block_have_masks_of_their_own():
     assert passes(run) == [3]
 
 
+def test_an_attention_that_is_left_in_one_pass_does_not_hand_its_mask_to_the_next_one():
+    run = session(total=4)
+    q, k, v = tokens(0)
+    for step in range(3):
+        context = run.evaluation(model="m", rows=(1, 2), latent_tokens=N)
+        for masked in (step == 1, False):
+            call = AttentionCall.from_hook(q, k, v, HEADS, torch.zeros(N, N) if masked else None)
+            context.attend(call, LAYERS[0], lambda: dense(q, k, v))
+        run.end_step(step)
+    assert {key.ordinal: {int(mask.passes[0]) for mask in rows.values()}
+            for key, rows in run.masks.all_masks().items()} == {0: {2}, 1: {3}}
+    assert run.close().left == {"attention mask given": 1}
+
+
 def test_extra_tokens_are_protected():
     run = session(total=4, threshold=-0.5)
     for step in range(4):
