@@ -1,0 +1,54 @@
+"""A second opinion: comfy-test's checks (comfy-test.toml) on the files that the registry gets, in a real server."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from comfyui import find_comfyui
+
+from liteattention.tools import server
+
+pytest.importorskip("comfy_test", reason="comfy-test is not installed (pip install -r tools/requirements.txt)")
+tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+CONFIG = server.ROOT / "comfy-test.toml"
+# kernels/selftest.py and kernels/tune.py make half-precision inputs of their own.
+ACCEPTED = {"hardcoded-precision"}
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A copy of what is published, and a server that has it as its only pack."""
+    monkeypatch.syspath_prepend(server.ROOT / "tests")
+    from test_packaging import shipped
+
+    copy = tmp_path / "ComfyUI-LiteAttention"
+    for name in shipped():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(server.ROOT / name, copy / name)
+    monkeypatch.setattr(server, "ROOT", copy)
+    with server.ComfyServer(find_comfyui(), environment={"OMP_NUM_THREADS": "1"}) as running:
+        yield copy, running
+
+
+def test_comfy_test_finds_nothing_wrong(published, tmp_path):
+    copy, running = published
+    # Nodes of ComfyUI's own that lack a dependency are not this pack's fault.
+    log = [line for line in running.log().splitlines() if copy.name in line]
+    assert log, "the log lists every pack that was imported or failed to"
+    (tmp_path / "server.log").write_text("\n".join(log), encoding="utf-8")
+    # TMPDIR: it leaves a scratch folder behind.
+    environment = {**os.environ, "COMFY_TEST_LOGS_DIR": str(tmp_path), "TMPDIR": str(tmp_path), "no_proxy": "*"}
+    done = subprocess.run([sys.executable, "-m", "comfy_test", "run", "--config", str(CONFIG),
+                           "--server-url", f"http://127.0.0.1:{running.port}"], cwd=copy, env=environment, timeout=180,
+                          stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    for level in tomllib.loads(CONFIG.read_text(encoding="utf-8"))["test"]["levels"]:
+        assert f"[{level.upper()}] PASSED" in said
+    assert "(log: unavailable)" not in said, "without the server's log it sees no failed import"
+    # These two levels report and never fail.
+    assert "check itself failed" not in said and "Warnings check: clean" in said, said
+    assert set(re.findall(r"^\[hazards\] ([\w-]+) -- ", said, re.MULTILINE)) <= ACCEPTED, said
