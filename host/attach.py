@@ -28,7 +28,7 @@ from ..runtime import (
     StepReport,
 )
 from . import companions, containers, families, frames, model_call, progress, prompt
-from .compat import allocation_guard, free_memory
+from .compat import allocation_guard, attention_name, faster_dense, free_memory
 from .profiles import ProfiledRuns
 
 log = logging.getLogger("LiteAttention")
@@ -75,8 +75,7 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
         previous = getattr(previous, _PREVIOUS)
     companions.refuse_sparse(patched, previous)
     if previous is not None:
-        log.info("LiteAttention: calls it leaves go on to the attention patched before it (%s)",
-                 getattr(previous, "__qualname__", type(previous).__name__))
+        log.info("LiteAttention: calls it leaves go on to the attention before it (%s)", attention_name(previous))
     if profiled is not None:
         profiled.check(model)
     if continue_from is not None:
@@ -87,7 +86,7 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
     patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY,
                                  make_run_wrapper(config, owner, node_id, handle or RunHandle(), break_evens(previous),
-                                                  continue_from, profiled))
+                                                  continue_from, profiled, previous))
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
     return patched
 
@@ -217,7 +216,7 @@ def _evaluation(run: _Run, model: Any, x: torch.Tensor, context: torch.Tensor | 
 
 def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | None, handle: RunHandle,
                      timed: BreakEvens | None = None, continue_from: RunHandle | None = None,
-                     profiled: ProfiledRuns | None = None) -> Callable:
+                     profiled: ProfiledRuns | None = None, previous: Callable | None = None) -> Callable:
     """OUTER_SAMPLE wrapper: a session per sampling run, freed however the run ends."""
 
     def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None,
@@ -228,13 +227,17 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
         kept, why_none = continue_from.take(prompt_id) if continue_from is not None else (None, "")
         open_session = Session if profiled is None else partial(profiled.open, guider.model_patcher, Session)
         session = open_session(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed,
-                               kept=kept, free_memory=free_memory, on_step=_step_texts(node_id))
+                               kept=kept, free_memory=free_memory, on_step=_step_texts(node_id),
+                               previous=attention_name(previous),
+                               faster_dense=faster_dense(previous, guider.model_patcher.load_device))
         if why_none:
             session.note(f"starting fresh: {why_none}")
         original_options = guider.model_options
         try:
             guider.model_options = _with_run(original_options, session, owner)
             # Before the first step, not inside it: the first question on a machine takes a while.
+            if guider.model_patcher.load_device.type != "cpu":
+                progress.show("starting; the first run on a machine checks and compiles its kernels", node_id)
             session.backend(guider.model_patcher.load_device)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(session, callback),
                               disable_pbar, seed, **kwargs)
@@ -327,8 +330,7 @@ def _step_texts(node_id: str | None) -> Callable[[StepReport], None]:
 
 
 def _show_receipt(receipt: Receipt, node_id: str | None, details: bool) -> None:
-    text = receipt.text()
-    log.info("LiteAttention: %s", text)
+    log.info("LiteAttention: %s", receipt.text())
     if details:
         log.info("LiteAttention receipt %s", json.dumps(receipt.to_dict()))
-    progress.show(text, node_id)
+    progress.show("\n".join(receipt.lines()), node_id)

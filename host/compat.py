@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import torch
 
@@ -32,3 +34,32 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu" and getattr(memory, "aimdo_enabled", False):
         return None
     return int(comfy.model_management.get_free_memory(device))
+
+
+def attention_name(override: Callable | None) -> str:
+    """The attention that computes what is left, for people and without a path: ComfyUI's own function, or the override
+    found on a model and the pack that it comes from."""
+    if override is None:
+        return _name(attention.optimized_attention)
+    # What *Model Attention Backend* sets has a name that does not tell which backend was chosen.
+    cells = dict(zip(getattr(override, "__code__", attention_name.__code__).co_freevars,
+                     getattr(override, "__closure__", None) or (), strict=False))
+    if "optimized_attention" in cells:
+        return _name(cells["optimized_attention"].cell_contents)
+    module = str(getattr(override, "__module__", None) or "")
+    folder, _, file = module.replace("\\", "/").rpartition("/")  # modules of custom nodes are named by their path
+    return f"{_name(override)} of {file.split('.')[0] if folder else module}" if module else _name(override)
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def faster_dense(override: Callable | None, device: torch.device) -> str:
+    """What to say where PyTorch's attention computes what is left and ComfyUI has a faster one (INT8, from 0.33 on), or
+    "". It is not switched on for the user, because it changes the video."""
+    if (override is None and device.type == "cuda" and attention.optimized_attention is attention.attention_pytorch
+            and getattr(attention, "COMFY_KITCHEN_INT8_ATTENTION_IS_AVAILABLE", False)):
+        return ("for what stays dense, Model Attention Backend with comfy kitchen attention before LiteAttention "
+                "(INT8, changes the video a little)")
+    return ""

@@ -85,7 +85,9 @@ def draw_run(stats: Mapping[str, Any], masks: Sequence[MaskPanel] = ()) -> torch
 def _figures(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
     calls = stats["taken"] + sum(stats["left"].values())
     saved = stats.get("saved") or {}
-    if saved.get("dense_seconds") is not None:
+    if stats.get("dense_run_seconds"):
+        time, how = f"{stats['dense_run_seconds'] / stats['seconds']:.2f}x", "as fast as without"
+    elif saved.get("dense_seconds") is not None:
         time, how = f"{saved['dense_seconds'] - saved['lite_seconds']:.1f} s", "attention time saved"
     elif saved:
         time, how = f"~ {percent(saved['share'])}", "time saved, by tiles"
@@ -174,7 +176,9 @@ def _time(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
         inside = canvas.panel(box, "Attention time", TITLE, "not timed")
         _nothing(canvas, inside, "log_details times every call")
         return
-    inside = canvas.panel(box, "Attention time", TITLE, f"from {saved['source'].replace('_', ' ')}")
+    share = stats.get("attention_share")
+    inside = canvas.panel(box, "Attention time", TITLE, f"from {saved['source'].replace('_', ' ')}" if share is None
+                          else f"{percent(share)} of a dense run")
     most = max(saved["dense_seconds"], saved["lite_seconds"])
     height = inside.height / 2
     for i, (name, seconds, color) in enumerate((("dense", saved["dense_seconds"], VERMILION),
@@ -266,7 +270,13 @@ def run_summary(stats: Mapping[str, Any], masks: Sequence[MaskPanel] = ()) -> st
              f"{stats['total_steps']} steps.",
              f"{stats['taken']} of {calls} attention calls taken."]
     lines += [f"  left: {count} {reason}" for reason, count in sorted(stats["left"].items(), key=lambda i: -i[1])]
+    if stats["left"] and stats.get("previous"):
+        lines.append(f"  What is left is computed by {stats['previous']}.")
     saved = stats.get("saved") or {}
+    if stats.get("dense_run_seconds"):
+        lines.append(f"Sampling took {stats['seconds']:.1f} s instead of about {stats['dense_run_seconds']:.1f} s "
+                     f"({stats['dense_run_seconds'] / stats['seconds']:.2f}x); attention is "
+                     f"{percent(stats['attention_share'])} of that.")
     if saved.get("dense_seconds") is not None:
         lines.append(f"Attention time: {saved['lite_seconds']:.2f} s instead of {saved['dense_seconds']:.2f} s dense "
                      f"(estimated from {saved['source']}).")

@@ -16,6 +16,10 @@ MANY_CAME_BACK = 0.05
 """Of the tiles that `refresh_every` has judged anew. Both are rules of thumb, chosen and not measured."""
 ENOUGH_REFRESHED = 100
 """Fewer tiles say nothing about a share of 5 %."""
+SMALL_SHARE = 0.2
+"""Of a run's time that attention takes when dense: with less, even skipping half of it saves less than a tenth."""
+MUCH_LEFT = 0.1
+"""Of the self-attention over the video's tokens that stays dense, for a faster dense attention to be worth a word."""
 THRESHOLD_STEP = 2.0
 
 EXPECTED = {policy.CROSS_ATTENTION, policy.NOT_VIDEO, policy.DENSE_BLOCK, Phase.WARMUP.value, Phase.END.value}
@@ -36,11 +40,12 @@ HINTS = {
 """By the reason that most calls were left for."""
 
 
-def advise(receipt: Receipt, config: LiteAttentionConfig, profile: bool) -> list[str]:
+def advise(receipt: Receipt, config: LiteAttentionConfig, profile: bool, faster_dense: str = "") -> list[str]:
     """Sentences, most urgent first; empty if there is nothing to improve or the run did not finish.
 
     Args:
         profile: the run had a profile, which takes the place of threshold and error_budget.
+        faster_dense: what to say where much stays dense and a faster dense attention is there.
     """
     if receipt.steps_done < receipt.total_steps:
         return []
@@ -64,6 +69,12 @@ def advise(receipt: Receipt, config: LiteAttentionConfig, profile: bool) -> list
                          else _bolder(config, profile)))
         else:
             found.append(_bolder(config, profile))
+    share = receipt.attention_share
+    if share is not None and share < SMALL_SHARE:
+        found.append(f"attention is only {share:.0%} of this run's time without LiteAttention; see what takes the rest "
+                     "(weights that move in and out of a full GPU, few tokens)")
+    if faster_dense and receipt.dense_share > MUCH_LEFT and (share is None or share >= SMALL_SHARE):
+        found.append(faster_dense)
     return list(dict.fromkeys(found))
 
 

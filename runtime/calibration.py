@@ -114,6 +114,8 @@ class CalibrationSession(Session):
         most_extra: the most that one of them has added.
     """
 
+    tells_speed = False
+
     def __init__(self, config: LiteAttentionConfig, total_steps: int, *, target: CalibrationTarget, **kwargs: Any):
         # A layer that is left to the attention before us cannot be calibrated.
         super().__init__(replace(config, never_slower=False, refresh_every=0, error_budget=0.0), total_steps, **kwargs)

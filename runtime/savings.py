@@ -37,9 +37,11 @@ class Saved:
 
     def short_text(self) -> str:
         """For the text of a step."""
+        if self.share < 0:  # the recording step costs before anything is skipped
+            return f"{-self.share:.0%} more attention time so far"
         if self.dense_seconds is None or self.lite_seconds is None:
-            return f"attention time saved about {self.share:.0%} (by tiles)"
-        return f"attention time saved about {self.dense_seconds - self.lite_seconds:.1f} s ({self.share:.0%})"
+            return f"~{self.share:.0%} of attention time saved"
+        return f"{self.dense_seconds - self.lite_seconds:.1f} s ({self.share:.0%}) of attention saved"
 
 
 def saved(books: Statistics, dispatcher: Dispatcher) -> Saved | None:

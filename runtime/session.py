@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from .policy import VideoTokens
 from .profile import Profile
 from .receipt import Receipt, StepReport
 from .room import FreeMemory, Room
-from .savings import saved
+from .savings import Saved, saved
 from .schedule import Phase, StepPlan
 from .snapshot import MaskChoice, MaskPicture, mask_pictures
 from .state import MB, LayerKey, MaskTable
@@ -100,13 +101,19 @@ class Session:
         kept: masks of the run that this one continues.
         profile: takes the place of the settings that choose tiles (threshold, error_budget, stand_in).
         free_memory: free bytes of a device, or None where that is not known; masks that would not fit are not made.
+        previous: the attention that computes what is left, by name.
+        faster_dense: a sentence that names a faster one to put in its place, where there is one.
     """
+
+    tells_speed = True
+    """Whether the time of a run says how fast its settings are."""
 
     def __init__(self, config: LiteAttentionConfig, total_steps: int, *,
                  on_step: Callable[[StepReport], None] | None = None,
                  allocating: Callable[[], AbstractContextManager] = nullcontext,
                  break_evens: BreakEvens | None = None, kept: KeptMasks | None = None,
-                 profile: Profile | None = None, free_memory: FreeMemory | None = None):
+                 profile: Profile | None = None, free_memory: FreeMemory | None = None, previous: str = "",
+                 faster_dense: str = ""):
         # A profile drops each tile once, where it may: what is opened again would stay.
         self.config = config if profile is None else replace(config, refresh_every=0)
         self.profile = profile
@@ -120,6 +127,9 @@ class Session:
         self.layout: tuple[int | VideoTokens, int] | None = None
         self.failed = False
         self.dispatcher = Dispatcher(break_evens if config.never_slower else None, self.note)
+        self._previous, self._faster_dense = previous, faster_dense
+        self._began: float | None = None
+        self._seconds: float | None = None
         self._on_step = on_step
         self._allocating = allocating
         self._workspaces: dict[torch.device, Workspace] = {}
@@ -150,6 +160,8 @@ class Session:
             frame_tokens: tokens of one latent frame, or None if unknown or if the model does not go frame by frame.
             kind: what to make of it.
         """
+        if self._began is None:  # not earlier: weights are loaded before the first evaluation
+            self._began = time.perf_counter()
         self.layout = (latent_tokens, frame_tokens) if latent_tokens is not None and frame_tokens else None
         return kind(self, next(self._evaluation_numbers), model, rows, latent_tokens, window, leave)
 
@@ -165,8 +177,10 @@ class Session:
         number, self.step = self.step, max(self.step, step + 1)  # the run goes on, whatever happens to its books
         skipped = self.statistics.end_step(number)
         self.dispatcher.end_step()
+        if self._began is not None:
+            self._seconds = time.perf_counter() - self._began
         report = StepReport(number + 1, self.plan.total_steps, skipped, self.statistics.skipped_so_far(),
-                            self.masks.nbytes, phase.value, saved(self.statistics, self.dispatcher))
+                            self.masks.nbytes, phase.value, self._saved())
         if self._on_step is not None:
             self._on_step(report)
         return report
@@ -291,6 +305,9 @@ class Session:
                 self._workspaces.clear()
         return self._receipt
 
+    def _saved(self) -> Saved | None:
+        return saved(self.statistics, self.dispatcher) if self.tells_speed else None
+
     def _account(self) -> Receipt:
         statistics = self.statistics
         backends = [f"{name} backend on {device}" for device, name in self._backends.items() if name]
@@ -306,5 +323,6 @@ class Session:
             refreshed=statistics.refreshed, came_back=statistics.came_back, kept_bytes=self._kept_bytes,
             dense_layers=self.masks.dense_layers, break_evens=self.dispatcher.report(), notes=list(self._notes),
             layers={name: shares[:max(self.step, 1)] for name, shares in statistics.layer_shares().items()},
-            saved=saved(statistics, self.dispatcher), settings=asdict(self.config))
-        return replace(receipt, advice=advise(receipt, self.config, self.profile is not None))
+            saved=self._saved(), seconds=self._seconds if self.tells_speed else None, previous=self._previous,
+            dense_tiles=statistics.dense_tiles,             settings=asdict(self.config))
+        return replace(receipt, advice=advise(receipt, self.config, self.profile is not None, self._faster_dense))

@@ -59,7 +59,7 @@ class Statistics:
     Attributes:
         tiles_computed, tiles_total: of all self-attention calls over the video's tokens, in closed steps.
         taken_computed, taken_total: of those that skip-mask attention served.
-        seconds, dense_seconds: in all of them, and in those left; 0 unless calls are timed. dense_tiles: of the latter.
+        seconds, dense_seconds: in all of them, and in those left; 0 unless calls are timed. dense_tiles: of those left.
         per_step: step -> [computed, total]; per_layer: layer -> step -> the same of the calls taken.
     """
 

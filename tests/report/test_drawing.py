@@ -9,6 +9,7 @@ from liteattention.report import compare_clips, draw_run, run_summary
 from liteattention.report.canvas import Canvas, viridis
 from liteattention.report.comparison import frame_psnr, frame_ssim
 from liteattention.runtime.receipt import Receipt
+from liteattention.runtime.savings import Saved
 from liteattention.runtime.snapshot import MaskPicture
 
 
@@ -58,6 +59,16 @@ def test_the_summary_says_what_the_receipt_says():
                  "5.0 % of 200", "No masks were kept"):
         assert part in text, part
     assert "No masks" not in run_summary(receipt().to_dict(), [mask()])
+
+
+def test_a_timed_run_says_how_fast_it_was():
+    stats = receipt(seconds=10.0, saved=Saved.of(12.0, 7.0, "timed calls"), previous="attention_pytorch").to_dict()
+    text = run_summary(stats)
+    assert "Sampling took 10.0 s instead of about 15.0 s (1.50x); attention is 80 % of that." in text
+    assert "7.00 s instead of 12.00 s" in text and "computed by attention_pytorch" in text
+    untimed = receipt(seconds=10.0, saved=Saved(0.4)).to_dict()
+    assert "Sampling took" not in run_summary(untimed) and "about 40 %" in run_summary(untimed)
+    assert not draw_run(stats).equal(draw_run(untimed))
 
 
 def test_texts_are_clipped_and_never_fail():
