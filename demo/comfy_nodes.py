@@ -1,17 +1,35 @@
-"""Two nodes for the tiny demo model, registered only where the demo folder is: a prompt and a decoder."""
+"""Three nodes for the tiny demo model: the model, a prompt and a decoder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import folder_paths
+import comfy.sd
 from comfy_api.latest import io
 
 from .pixels import decode, empty_prompt, from_comfy_latent, prompt_tokens
 
-MODEL_FOLDER = Path(__file__).parent / "model"
+MODEL_FILE = Path(__file__).parent / "model" / "tiny_wan_t2v.safetensors"
 SHAPES = ("disc", "square")
 SPEEDS = ("slow", "medium", "fast")
+
+
+class LiteAttentionDemoModel(io.ComfyNode):
+    """The tiny demo model. A loader of its own, so that its file is in no list of the user's models."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiteAttentionDemoModel", display_name="LiteAttention Demo Model", category="model/patch/demo",
+            description="A video model of 11 MB in the architecture of Wan that draws moving shapes; comes with this "
+                        "pack.",
+            inputs=[],
+            outputs=[io.Model.Output(display_name="model", tooltip="As from Load Diffusion Model.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(comfy.sd.load_diffusion_model(str(MODEL_FILE)))
 
 
 class LiteAttentionDemoPrompt(io.ComfyNode):
@@ -21,13 +39,16 @@ class LiteAttentionDemoPrompt(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LiteAttentionDemoPrompt", display_name="LiteAttention Demo Prompt", category="model/patch/demo",
-            description="Prompts for the tiny demo model of the LiteAttention pack.",
+            description="Prompts for the tiny demo model, which knows four attributes and no language.",
             inputs=[
-                io.Combo.Input("shape", options=list(SHAPES), tooltip="What moves."),
-                io.Int.Input("count", default=2, min=1, max=4, tooltip="How many of them."),
-                io.Combo.Input("speed", options=list(SPEEDS), default="medium", tooltip="How fast they move."),
+                io.Combo.Input("shape", options=list(SHAPES), tooltip="What moves in the clip."),
+                io.Int.Input("count", default=2, min=1, max=4, tooltip="How many of them there are."),
+                io.Combo.Input("speed", options=list(SPEEDS), default="medium", tooltip="At what speed they move."),
             ],
-            outputs=[io.Conditioning.Output(display_name="positive"), io.Conditioning.Output(display_name="negative")],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="What is asked for."),
+                io.Conditioning.Output(display_name="negative", tooltip="The empty prompt, for cfg."),
+            ],
         )
 
     @classmethod
@@ -43,17 +64,11 @@ class LiteAttentionDemoDecode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LiteAttentionDemoDecode", display_name="LiteAttention Demo Decode", category="model/patch/demo",
-            description="Frames of a latent of the tiny demo model of the LiteAttention pack.",
+            description="Frames of a latent of the tiny demo model, which has no VAE.",
             inputs=[io.Latent.Input("samples", tooltip="Latent from a sampler that ran the tiny demo model.")],
-            outputs=[io.Image.Output(display_name="frames")],
+            outputs=[io.Image.Output(display_name="frames", tooltip="The clip.")],
         )
 
     @classmethod
     def execute(cls, samples: dict) -> io.NodeOutput:
         return io.NodeOutput(decode(from_comfy_latent(samples["samples"])))
-
-
-def register() -> list[type[io.ComfyNode]]:
-    """Make the demo model known to UNETLoader and give the demo's nodes."""
-    folder_paths.add_model_folder_path("diffusion_models", str(MODEL_FOLDER))
-    return [LiteAttentionDemoPrompt, LiteAttentionDemoDecode]

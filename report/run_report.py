@@ -60,6 +60,10 @@ def percent(share: float | None, digits: int = 0) -> str:
     return "-" if share is None else f"{share * 100:.{digits}f} %"
 
 
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MB" if count >= 2**20 // 10 else f"{count / 1024:.1f} KB"
+
+
 def draw_run(stats: Mapping[str, Any], masks: Sequence[MaskPanel] = ()) -> torch.Tensor:
     """float32 [1, 1200, 1600, 3] in 0..1.
 
@@ -96,7 +100,7 @@ def _figures(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
     figures = [(percent(stats["skipped"], 1), "of attention skipped", GREEN),
                (time, how, SKY),
                (f"{stats['taken']} / {calls}", "attention calls taken", TEXT),
-               (f"{stats['state_bytes'] / 2**20:.1f} MB", "memory of the masks", TEXT)]
+               (_bytes(stats["state_bytes"]), "memory of the masks", TEXT)]
     width = (box.width - GAP * (len(figures) - 1)) // len(figures)
     for i, (value, label, color) in enumerate(figures):
         left = box.left + i * (width + GAP)
@@ -288,7 +292,7 @@ def run_summary(stats: Mapping[str, Any], masks: Sequence[MaskPanel] = ()) -> st
         last = {name: known[-1] for name, known in layers.items()}
         least, most = min(last, key=lambda n: last[n]), max(last, key=lambda n: last[n])
         lines.append(f"Layers, when last run: from {percent(last[least])} ({least}) to {percent(last[most])} ({most}).")
-    lines.append(f"{stats['plan']}; {stats['rule']}; masks {stats['state_bytes'] / 2**20:.2f} MB; {stats['backend']}.")
+    lines.append(f"{stats['plan']}; {stats['rule']}; masks {_bytes(stats['state_bytes'])}; {stats['backend']}.")
     if stats.get("wrong_drop_rate") is not None:
         lines.append(f"Refresh: {percent(stats['wrong_drop_rate'], 1)} of {stats['refreshed']} skipped tiles were "
                      "needed after all.")

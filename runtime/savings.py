@@ -32,8 +32,8 @@ class Saved:
         """For the receipt."""
         if self.dense_seconds is None or self.lite_seconds is None:
             return f"attention time saved: about {self.share:.0%} (estimated from tiles, not timed)"
-        return (f"attention time saved: {self.dense_seconds - self.lite_seconds:.2f} of {self.dense_seconds:.2f} s "
-                f"({self.share:.0%}, estimated from {self.source})")
+        return (f"attention: {self.lite_seconds:.2f} s instead of about {self.dense_seconds:.2f} s "
+                f"({-self.share:+.0%}, from {self.source})")
 
     def short_text(self) -> str:
         """For the text of a step."""

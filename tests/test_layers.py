@@ -17,7 +17,7 @@ ALLOWED = {
     "report": (),
     "host": ("runtime", "comfy", "folder_paths", "server"),
     "nodes": ("host", "runtime", "report", "comfy_api", "demo"),
-    "demo": ("kernels", "runtime", "comfy_api", "folder_paths"),
+    "demo": ("kernels", "runtime", "comfy", "comfy_api"),
 }
 
 

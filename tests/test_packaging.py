@@ -39,12 +39,16 @@ def test_the_registry_gets_the_pack_and_nothing_else():
     files = shipped()
     folders = {f.split("/")[0] for f in files if "/" in f}
     code = {"kernels", "runtime", "report", "host", "nodes"}
-    assert folders == code | {"workflows", "web", "locales"}
+    assert folders == code | {"workflows", "web", "locales", "demo"}
     pages = {f for f in tracked() if f.startswith(("web/docs/", "locales/"))}
     assert len(pages) >= 10 and pages <= set(files)
     assert {f for f in files if "/" not in f} == {"__init__.py", "README.md", "LICENSE", "CHANGELOG.md",
                                                   "pyproject.toml", ".comfyignore"}
-    assert sum((ROOT / f).stat().st_size for f in files) < 2**20
+    demo = {f for f in files if f.startswith("demo/")}
+    assert demo == {f"demo/{name}" for name in ("__init__.py", "comfy_nodes.py", "pixels.py", "CARD.md",
+                                                "prompts.safetensors", "model/tiny_wan_t2v.safetensors")}
+    sizes = [sum((ROOT / f).stat().st_size for f in part) for part in (demo, {*files} - demo)]
+    assert sizes[0] < 12 * 2**20 and sizes[1] < 1.5 * 2**20
 
 
 def test_pyproject_has_what_the_registry_asks_for():

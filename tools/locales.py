@@ -35,10 +35,10 @@ def node_texts(object_info: dict) -> dict:
     """The node texts of the schemas, in the layout of nodeDefs.json.
 
     Args:
-        object_info: what a server answers to `/object_info`. Nodes of the demo, which is not shipped, are left out.
+        object_info: what a server answers to `/object_info`.
     """
     return {name: _texts(node) for name, node in object_info.items()
-            if name.startswith("LiteAttention") and "Demo" not in name}
+            if name.startswith("LiteAttention")}
 
 
 def _texts(node: dict) -> dict:

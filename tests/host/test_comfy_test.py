@@ -14,8 +14,9 @@ from liteattention.tools import server
 pytest.importorskip("comfy_test", reason="comfy-test is not installed (pip install -r tools/requirements.txt)")
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 CONFIG = server.ROOT / "comfy-test.toml"
-# kernels/selftest.py and kernels/tune.py make half-precision inputs of their own.
-ACCEPTED = {"hardcoded-precision"}
+# kernels/selftest.py and kernels/tune.py make half-precision inputs of their own; the demo model is to run without a
+# download and to stay out of the lists of the user's models.
+ACCEPTED = {"hazards": {"hardcoded-precision"}, "warnings": {"weights"}}
 
 
 @pytest.fixture
@@ -50,5 +51,6 @@ def test_comfy_test_finds_nothing_wrong(published, tmp_path):
         assert f"[{level.upper()}] PASSED" in said
     assert "(log: unavailable)" not in said, "without the server's log it sees no failed import"
     # These two levels report and never fail.
-    assert "check itself failed" not in said and "Warnings check: clean" in said, said
-    assert set(re.findall(r"^\[hazards\] ([\w-]+) -- ", said, re.MULTILINE)) <= ACCEPTED, said
+    assert "check itself failed" not in said and "Warnings check: " in said, said
+    for level, accepted in ACCEPTED.items():
+        assert set(re.findall(rf"^\[{level}\] ([\w-]+) -- ", said, re.MULTILINE)) <= accepted, said

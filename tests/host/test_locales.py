@@ -10,7 +10,8 @@ from liteattention.tools.locales import LANGUAGES, ROOT, leaves, node_texts, rea
 from liteattention.tools.server import ComfyServer
 
 NODES = {"LiteAttention", "LiteAttentionCalibrate", "LiteAttentionSaveProfile", "LiteAttentionLoadProfile",
-         "LiteAttentionReport", "LiteAttentionCompare"}
+         "LiteAttentionReport", "LiteAttentionCompare",
+         "LiteAttentionDemoModel", "LiteAttentionDemoPrompt", "LiteAttentionDemoDecode"}
 OTHERS = LANGUAGES[1:]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
 # Other languages write this one number as a digit.

@@ -31,7 +31,8 @@ EXPECTED_INPUTS = {
     "profile": ("LITE_ATTENTION_PROFILE", None, {"advanced": True}),
 }
 NODES = {"LiteAttention", "LiteAttentionCalibrate", "LiteAttentionSaveProfile", "LiteAttentionLoadProfile",
-         "LiteAttentionReport", "LiteAttentionCompare"}
+         "LiteAttentionReport", "LiteAttentionCompare",
+         "LiteAttentionDemoModel", "LiteAttentionDemoPrompt", "LiteAttentionDemoDecode"}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_the_node_is_what_saved_workflows_expect(server):
 
 def test_every_input_of_every_node_is_explained_on_the_node_and_on_its_page(server):
     known = server.get("/object_info")
-    assert NODES == {name for name in known if name.startswith("LiteAttention") and "Demo" not in name}
+    assert NODES == {name for name in known if name.startswith("LiteAttention")}
     for name in NODES:
         page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert page.startswith(f"# {known[name]['display_name']}\n") and len(known[name]["description"]) > 40

@@ -8,6 +8,7 @@ import time
 import pytest
 from comfyui import find_comfyui
 
+from liteattention.tools.browser import missing, open_frontend
 from liteattention.tools.server import ROOT, ComfyServer, PromptFailed
 
 COMFY = find_comfyui()
@@ -113,38 +114,18 @@ def test_the_server_accepts_every_workflow_and_refuses_a_wrong_name(blocked, kno
 def test_the_demo_runs_to_the_end(server, known):
     outputs = server.run(to_prompt(GRAPHS[DEMO], known), timeout_s=300)
     pictures = [entry for output in outputs.values() for entry in output.get("images", ())]
-    assert len(pictures) == 2 and all(server.output_file(entry).stat().st_size > 0 for entry in pictures)
+    assert len(pictures) == 3 and all(server.output_file(entry).stat().st_size > 0 for entry in pictures)
     receipt = server.receipts()[-1]
     assert receipt["taken"] > 0 and receipt["skipped"] > 0.1
     assert set(receipt["left"]) <= {"cross-attention", "warm-up step"}, "as the note in the graph says"
 
 
-def browser_at(port):
-    """Debian's Chromium without a window, at the frontend of the server."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("needs chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-proxy-server"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    browser.set_script_timeout(30)
-    browser.get(f"http://127.0.0.1:{port}/")
-    return browser
-
-
 def test_the_frontend_loads_and_converts_every_workflow(server, known):
+    if missing():
+        pytest.skip(f"needs {missing()}")
     server.post("/settings", {"Comfy.TutorialCompleted": True})
-    browser = browser_at(server.port)
+    browser = open_frontend(server.port)
     try:
-        deadline = time.monotonic() + 60
-        while not browser.execute_script("return Boolean(window.app?.graph && window.LiteGraph?.registered_node_types"
-                                         ".LiteAttention && app.extensionManager?.setting)"):
-            assert time.monotonic() < deadline, "the frontend did not come up"
-            time.sleep(0.2)
         browser.get_log("browser")  # what a frontend says with an empty user folder
         for name, graph in GRAPHS.items():
             found = browser.execute_async_script(LOAD_AND_CONVERT, json.dumps(graph), name)
