@@ -33,11 +33,12 @@ class StepReport:
     saved: Saved | None = None
 
     def text(self) -> str:
-        """Two short lines for the node: it shows hardly three, of 40 characters."""
+        """Two short lines for the node: it shows hardly three, of 40 characters. The frontend's newer nodes show a line
+        break as a space."""
         now = "no attention ran" if self.skipped is None else f"skipped {self.skipped:.0%}"
         saved = f"{self.saved.short_text()}, " if self.saved is not None else ""
         return (f"step {self.step}/{self.total_steps} ({self.phase.removesuffix(' step')}): {now}, "
-                f"run {self.skipped_so_far:.0%}\n{saved}masks {bytes_text(self.state_bytes)}")
+                f"run {self.skipped_so_far:.0%};\n{saved}masks {bytes_text(self.state_bytes)}")
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,20 @@ def test_the_readme_names_the_defaults_and_commands_that_are_there():
         assert (ROOT / path).is_file(), path
 
 
+def test_pages_name_tests_commands_and_pictures_that_are_there():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "web" / "docs").glob("*.md"))]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for folder, file, function in re.findall(r"`((?:\w+/)*)(test_\w+\.py)(?:::(test_\w+))?`", text):
+            found = [p for p in (ROOT / "tests" / folder.removeprefix("tests/")).rglob(file)]
+            assert found, (page.name, file)
+            assert not function or any(f"def {function}(" in p.read_text(encoding="utf-8") for p in found), function
+        for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text):
+            assert (page.parent / picture).is_file(), (page.name, picture)
+        for linked in re.findall(r"`((?:docs|demo|benchmarks|tests|tools|kernels|host|runtime)/[\w./-]+\.\w+)", text):
+            assert "/test_" in linked or (ROOT / linked).is_file(), (page.name, linked)
+
+
 def test_the_help_page_explains_every_reason_by_its_own_words():
     page = (ROOT / "web" / "docs" / "LiteAttention.md").read_text(encoding="utf-8")
     from liteattention.runtime import Phase

@@ -103,6 +103,8 @@ def test_every_input_of_every_node_is_explained_on_the_node_and_on_its_page(serv
         page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert page.startswith(f"# {known[name]['display_name']}\n") and len(known[name]["description"]) > 40
         assert all(known[name]["output_tooltips"]), name
+        pictures = re.findall(r"!\[.+\]\((\w+\.jpg)\)", page)
+        assert pictures and all((ROOT / "web" / "docs" / picture).is_file() for picture in pictures), name
         inputs = {**known[name]["input"].get("required", {}), **known[name]["input"].get("optional", {})}
         for key, (_, options) in inputs.items():
             assert len(options["tooltip"]) > 15 and (f"**{key}**" in page or f"`{key}`" in page or key == "model"), key

@@ -75,4 +75,4 @@ def test_too_bold_and_too_careful():
     (Saved.of(8.0, 10.0, "log_details"), "25% more attention time so far, masks 64.0 MB")])
 def test_a_step_has_two_lines_that_fit_the_node(saved, second):
     lines = StepReport(17, 20, 0.61, 0.48, 2**26, "sparse step", saved).text().splitlines()
-    assert lines == ["step 17/20 (sparse): skipped 61%, run 48%", second] and max(map(len, lines)) <= 50
+    assert lines == ["step 17/20 (sparse): skipped 61%, run 48%;", second] and max(map(len, lines)) <= 50
