@@ -144,7 +144,7 @@ def make_override(previous: Callable | None, owner: object) -> Callable:
         call = AttentionCall.from_hook(q.peek(), k.peek(), v.peek(), heads, mask, skip_reshape, skip_output_reshape,
                                        kwargs.get("scale"))
         try:
-            return evaluation.attend(call, layer, run_previous)
+            return evaluation.attend(call, layer, run_previous, repeatable=False)
         finally:
             containers.empty(q, k, v)
 

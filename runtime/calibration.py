@@ -171,9 +171,10 @@ class CalibratingEvaluation(Evaluation):
 
     session: CalibrationSession
 
-    def attend(self, call: AttentionCall, layer: LayerId | None, previous: Callable[[], Tensor]) -> Tensor:
+    def attend(self, call: AttentionCall, layer: LayerId | None, previous: Callable[[], Tensor],
+               repeatable: bool = True) -> Tensor:
         self._previous = previous
-        return super().attend(call, layer, previous)
+        return super().attend(call, layer, previous, repeatable=False)
 
     def _attention(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask], *_: Any) -> Tensor:
         """Every lane's attention; the result, in the kernel's layout. The session's masks become the steady lane's."""

@@ -247,6 +247,23 @@ class Dispatcher:
             except Exception as error:
                 self._untimed(break_evens, shape, error)
 
+    @contextmanager
+    def sample(self, shape: CallShape | None, rows: int) -> Iterator[bool]:
+        """Around a dense call that the run does not need: gives whether its time is wanted. A call that raises is no
+        sample, and the last one of its shape."""
+        break_evens, watch = self._break_evens, None
+        try:
+            if break_evens is not None and shape is not None and self._samples[shape, DENSE] <= SAMPLES:
+                watch = break_evens.start(shape, DENSE)
+            yield watch is not None
+            if watch is not None:
+                self._samples[shape, DENSE] += 1
+                self._shapes[shape] = None
+                break_evens.stop(shape, DENSE, rows, watch)
+        except Exception as error:
+            if break_evens is not None and shape is not None:
+                self._untimed(break_evens, shape, error)
+
     def prefers_previous(self, layer: Hashable, shape: CallShape | None, density: float | None) -> bool:
         """Whether the previous attention should compute this layer in this step.
 

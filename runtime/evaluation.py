@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels import Reopened, SkipMask, UnsupportedAttention, call_tiles, lite_attention
 from . import policy
 from .call import AttentionCall
-from .dispatch import DENSE, OURS, CallShape
+from .dispatch import DENSE, OURS, SAMPLES, CallShape
 from .schedule import Phase
 from .state import LayerKey
 
@@ -50,27 +50,34 @@ class Evaluation:
         self.window = window
         self.leave = leave
         self._ordinals: Counter[str] = Counter()
+        self._aside = 0.0
 
-    def attend(self, call: AttentionCall, layer: LayerId | None, previous: Callable[[], Tensor]) -> Tensor:
+    def attend(self, call: AttentionCall, layer: LayerId | None, previous: Callable[[], Tensor],
+               repeatable: bool = True) -> Tensor:
         """The call's result in the layout that its caller wants: from our kernel, or from `previous()`.
 
         Never raises on behalf of skip-mask attention: what it cannot serve, `previous` computes, counted by reason.
+
+        Args:
+            repeatable: `previous` leaves q, k, v as they are, so that it may be called for its time alone.
         """
         session = self.session
+        self._aside = 0.0
         started = self._clock(call.q.device)
         out, over_video = None, False
         try:
             ordinal = self._ordinal(call, layer)
             reason, over_video = self._reason(call, layer)
             if reason is None:
-                out, reason = self._take(call, layer, ordinal)
+                out, reason = self._take(call, layer, ordinal, previous if repeatable else None)
         except Exception as error:
             if policy.is_out_of_memory(error):
                 raise
             reason = self._give_up(str(layer), error)
         if out is not None:
             tiles = call_tiles(call.batch, call.heads, call.seqlen_q, call.seqlen_k)
-            session.statistics.count_taken(self.number, tiles, call.seqlen_q, self._clock(call.q.device) - started)
+            seconds = self._clock(call.q.device) - started - self._aside
+            session.statistics.count_taken(self.number, tiles, call.seqlen_q, seconds)
             return out
         comparable = reason in (Phase.WARMUP.value, policy.DENSE_BLOCK, policy.DENSE_FASTER)
         # Asked for now: `previous` may have the call released.
@@ -116,7 +123,8 @@ class Evaluation:
             return policy.NO_BACKEND, True
         return None, True
 
-    def _take(self, call: AttentionCall, layer: LayerId, ordinal: int) -> tuple[Tensor | None, str | None]:
+    def _take(self, call: AttentionCall, layer: LayerId, ordinal: int,
+              previous: Callable[[], Tensor] | None) -> tuple[Tensor | None, str | None]:
         """(result, None), or (None, reason)."""
         session = self.session
         device = call.q.device
@@ -154,6 +162,8 @@ class Evaluation:
         for mask in masks if restart else ():
             mask.reopen(1, 0)
         fresh = call.batch if restart else sum(not mask.passes[0] for mask in masks)
+        if previous is not None and fresh == call.batch and session.plan.dense_steps < 2:
+            self._sample_dense(call, previous)
         out, reason = self._run(call, key, masks, fresh)
         if out is not None:
             row_tiles = call_tiles(1, call.heads, call.seqlen_q, call.seqlen_k)
@@ -214,6 +224,19 @@ class Evaluation:
                 raise
             return None, self._give_up(key.name, error)
         return call.restore(out), None
+
+    def _sample_dense(self, call: AttentionCall, previous: Callable[[], Tensor]) -> None:
+        """Time a few dense calls beside the first recording ones, in runs whose warm-up leaves none to the previous
+        attention (few steps): without them nobody can tell which is faster, and by how much. Never raises."""
+        session, device, out = self.session, call.q.device, None
+        wanted = session.config.log_details and session.statistics.sampled_calls < SAMPLES
+        started = self._clock(device)
+        with session.dispatcher.sample(self._shape(call), call.batch) as timed:
+            out = previous() if timed or wanted else None
+        self._aside = self._clock(device) - started
+        if out is not None:
+            tiles = call_tiles(call.batch, call.heads, call.seqlen_q, call.seqlen_k)
+            session.statistics.count_sample(tiles, self._aside)
 
     def _attention(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask], skip_now: bool,
                    precision: str, stand_in: bool) -> Tensor:

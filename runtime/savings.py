@@ -54,6 +54,7 @@ def saved(books: Statistics, dispatcher: Dispatcher) -> Saved | None:
     if timed is not None:
         dense, ours = timed
         return Saved.of(dense * total, dense * (total - taken) + ours * books.taken_computed, "timed calls")
-    if books.dense_tiles and books.dense_seconds > 0 and taken:
-        return Saved.of(books.dense_seconds / books.dense_tiles * total, books.seconds, "log_details")
+    dense_seconds, dense_tiles = books.dense_seconds + books.sampled_seconds, books.dense_tiles + books.sampled_tiles
+    if dense_tiles and dense_seconds > 0 and taken:
+        return Saved.of(dense_seconds / dense_tiles * total, books.seconds, "log_details")
     return Saved((taken - books.taken_computed / dispatcher.break_even()) / total)

@@ -178,7 +178,7 @@ class Session:
         skipped = self.statistics.end_step(number)
         self.dispatcher.end_step()
         if self._began is not None:
-            self._seconds = time.perf_counter() - self._began
+            self._seconds = time.perf_counter() - self._began - self.statistics.sampled_seconds
         report = StepReport(number + 1, self.plan.total_steps, skipped, self.statistics.skipped_so_far(),
                             self.masks.nbytes, phase.value, self._saved())
         if self._on_step is not None:

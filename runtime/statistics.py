@@ -60,6 +60,7 @@ class Statistics:
         tiles_computed, tiles_total: of all self-attention calls over the video's tokens, in closed steps.
         taken_computed, taken_total: of those that skip-mask attention served.
         seconds, dense_seconds: in all of them, and in those left; 0 unless calls are timed. dense_tiles: of those left.
+        sampled_calls, sampled_tiles, sampled_seconds: dense calls made for their time alone, in no other count.
         per_step: step -> [computed, total]; per_layer: layer -> step -> the same of the calls taken.
     """
 
@@ -74,6 +75,9 @@ class Statistics:
         self.taken_total = 0
         self.dense_seconds = 0.0
         self.dense_tiles = 0
+        self.sampled_calls = 0
+        self.sampled_tiles = 0
+        self.sampled_seconds = 0.0
         self.refreshed = 0
         self.came_back = 0
         self.per_step: dict[int, list[int]] = {}
@@ -148,6 +152,13 @@ class Statistics:
                 self.seconds += seconds
                 self.dense_seconds += seconds
                 self.dense_tiles += dense_tiles
+
+    def count_sample(self, tiles: int, seconds: float) -> None:
+        """A dense call that was made for its time alone; 0 seconds unless calls are timed here."""
+        with self._lock:
+            self.sampled_calls += 1
+            self.sampled_tiles += tiles
+            self.sampled_seconds += seconds
 
     def end_step(self, step: int) -> float | None:
         """Close the books of a step (counted from 0) and give its skipped share. Synchronises once per device."""

@@ -120,6 +120,60 @@ def test_the_demo_runs_to_the_end(server, known):
     assert set(receipt["left"]) <= {"cross-attention", "warm-up step"}, "as the note in the graph says"
 
 
+def on_the_tiny_model(prompt, **values):
+    """The prompt with the demo's model, prompt and decoder in the places of Wan's, small and in few steps."""
+    prompt = copy.deepcopy(prompt)
+    positive, negative = (next(node["inputs"][name][0] for node in prompt.values() if node["class_type"] == "KSampler")
+                          for name in ("positive", "negative"))
+    size = {"width": 160, "height": 160, "length": 25}
+    small = {**size, "steps": 6, "cfg": 2.0, "shift": 3.0, "min_tokens": 128, **values}
+    for key, node in list(prompt.items()):
+        inputs = node["inputs"]
+        inputs |= {name: value for name, value in small.items() if name in inputs}
+        for name, value in inputs.items():
+            if value == [negative, 0]:
+                inputs[name] = [positive, 1]
+        if key in (positive, negative) or node["class_type"] in ("CLIPLoader", "VAELoader"):
+            del prompt[key]
+        elif node["class_type"] == "UNETLoader":
+            prompt[key] = {"class_type": "LiteAttentionDemoModel", "inputs": {}}
+        elif node["class_type"] == "VAEDecode":
+            prompt[key] = {"class_type": "LiteAttentionDemoDecode", "inputs": {"samples": inputs["samples"]}}
+    prompt[positive] = {"class_type": "LiteAttentionDemoPrompt",
+                        "inputs": {"shape": "disc", "count": 2, "speed": "medium"}}
+    return prompt
+
+
+def test_report_and_compare_run_to_the_end(server, known):
+    prompt = on_the_tiny_model(to_prompt(GRAPHS["liteattention_report_and_compare"], known), error_budget=1.0)
+    outputs = server.run(prompt, timeout_s=300)
+    kinds = {kind: outputs[key] for key, node in prompt.items() if key in outputs for kind in [node["class_type"]]}
+    for kind in ("LiteAttentionReport", "LiteAttentionCompare"):
+        assert server.output_file(kinds[kind]["images"][0]).stat().st_size > 0
+    texts = [outputs[key]["text"][0] for key, node in prompt.items() if node["class_type"] == "PreviewAny"]
+    assert any("attention calls taken" in text and "Sampling took" in text for text in texts)
+    assert any("PSNR" in text and "SSIM" in text for text in texts)
+
+
+def test_calibration_runs_to_the_end_and_its_profile_is_used(server, known):
+    graph = GRAPHS[CALIBRATION]
+    names = {"filename": "tiny", "profile_name": "tiny.safetensors"}
+    server.run(on_the_tiny_model(to_prompt(graph, known), **names), timeout_s=300)
+    assert (server.base / "models" / "lite_attention" / "tiny.safetensors").stat().st_size > 0
+    second = unmuted(graph)
+    first_part = ("LiteAttentionCalibrate", "LiteAttentionSaveProfile")
+    calibrated = next(node for node in second["nodes"] if node.get("title") == "Calibrating run")
+    for node in second["nodes"]:
+        if node["type"] in first_part or node is calibrated:
+            node["mode"] = MUTED
+    outputs = server.run(on_the_tiny_model(to_prompt(second, known), log_details=True, **names), timeout_s=300)
+    video = next(entry for output in outputs.values() for entry in output.get("images", ()))
+    assert server.output_file(video).stat().st_size > 0
+    receipt = server.receipts()[-1]
+    assert receipt["rule"].startswith("profile") and receipt["taken"] > 0
+    assert set(receipt["left"]) <= {"cross-attention", "warm-up step"}
+
+
 def test_the_frontend_loads_and_converts_every_workflow(server, known):
     if missing():
         pytest.skip(f"needs {missing()}")

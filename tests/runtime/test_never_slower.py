@@ -153,6 +153,86 @@ def test_without_a_warm_up_the_layers_that_are_left_are_timed():
     assert entry["dense_seconds"] == entry["ours_seconds"] == 0.5
 
 
+class Clock:
+    """A stopwatch by which dense calls take 1 s and ours 4; dense ones are those that `previous` has just served."""
+
+    previous = Previous()
+
+    def __init__(self, device):
+        self.before = self.previous.calls
+
+    def stop(self):
+        self.takes = 4.0 if self.previous.calls == self.before else 1.0
+
+    def seconds(self):
+        return self.takes
+
+
+def few_steps(steps, known, previous, layers=6, **settings):
+    """A run without a dense step: what went to `previous` in each step, and the receipt."""
+    Clock.previous = previous
+    run, calls = session(total=4, break_evens=known, **settings), []
+    for step in range(steps):
+        before = previous.calls
+        forward(run, step, previous=previous, layers=[LayerId("double", i, layers) for i in range(layers)])
+        run.end_step(step)
+        calls.append(previous.calls - before)
+    return calls, run.close()
+
+
+def test_few_steps_time_dense_calls_beside_the_first_recording_ones():
+    """A warm-up of one step leaves no call to the previous attention; the table alone would decide."""
+    known = BreakEvens(lambda *args: 1.0, Clock)
+    for first in (4, 0):  # in the second run nothing is left to time
+        calls, receipt = few_steps(3, known, Previous())
+        # From the third step on, when their share is known, the layers are too dense for a quarter of the speed.
+        assert calls == [first, 0, 6] and receipt.taken == 12 and receipt.left == {policy.DENSE_FASTER: 6}
+        entry, = receipt.break_evens
+        assert entry["source"] == "measured" and entry["dense_seconds"] == 0.5 and entry["ours_seconds"] == 2.0
+        assert receipt.saved.source == "timed calls" and receipt.dense_run_seconds is not None
+        assert receipt.tiles_total == 18 * TILES, "calls for their time alone are in no count"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_dense_call_for_its_time_changes_no_bit_and_fails_in_silence(fails):
+    plain, timed = session(total=4), session(total=4, break_evens=BreakEvens(lambda *args: 1.0, Clock))
+    calls = Clock.previous = Previous()
+    for step in range(3):
+        expected = forward(plain, step)
+        q, k, v = tokens(step)
+
+        def previous():
+            calls.calls += 1
+            if fails:
+                raise torch.OutOfMemoryError("out")
+            return dense(q, k, v)  # noqa: B023
+
+        context = timed.evaluation(model="m", rows=[("negative", 0), ("positive", 0)], latent_tokens=N)
+        for layer, out in zip(LAYERS, expected, strict=True):
+            assert torch.equal(context.attend(AttentionCall.from_hook(q, k, v, HEADS), layer, previous), out)
+        plain.end_step(step)
+        timed.end_step(step)
+    receipt = timed.close()
+    assert receipt.taken == 6 and calls.calls == (1 if fails else 2)
+    assert [note.split(".")[0] for note in receipt.notes] == fails * [
+        "attention cannot be timed here; a built-in value decides where dense attention is faster"]
+
+
+def test_what_takes_q_k_v_away_is_not_called_twice():
+    run = session(total=4, break_evens=BreakEvens(lambda *args: 1.0, Clock))
+    q, k, v = tokens(0)
+    context = run.evaluation(model="m", rows=(1, 2), latent_tokens=N)
+    context.attend(AttentionCall.from_hook(q, k, v, HEADS), LAYERS[0], pytest.fail, repeatable=False)
+    assert run.close().taken == 1
+
+
+def test_with_log_details_few_steps_know_what_dense_attention_takes():
+    calls, receipt = few_steps(2, None, previous := Previous(), log_details=True)
+    assert calls == [3, 0] and previous.calls == 3
+    assert receipt.saved.source == "log_details" and receipt.saved.dense_seconds > 0
+    assert receipt.taken == 12 and receipt.dense_tiles == 0
+
+
 def test_only_a_rows_first_recording_may_skip_at_once(monkeypatch):
     seen = watched(monkeypatch)
     play(session(total=8, warmup_steps=0), 3)
@@ -310,7 +390,8 @@ def test_a_call_that_fails_is_no_sample(monkeypatch, int8_device):
     stopped = []
     attention = evaluation.lite_attention
     monkeypatch.setattr(evaluation, "lite_attention", scarce)
-    run = session(total=8, warmup_steps=1, break_evens=BreakEvens(lambda *args: 1.0, Watch))
+    run = session(total=16, warmup_steps=1, break_evens=BreakEvens(lambda *args: 1.0, Watch))
+    monkeypatch.setattr(evaluation.Evaluation, "_sample_dense", lambda *args: None)
     forward(run, 0)
     assert run.statistics.taken == 2 and len(stopped) == 1, "the first call and its second try count for nothing"
 
