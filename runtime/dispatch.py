@@ -252,9 +252,12 @@ class Dispatcher:
         """Around a dense call that the run does not need: gives whether its time is wanted. A call that raises is no
         sample, and the last one of its shape."""
         break_evens, watch = self._break_evens, None
-        try:
-            if break_evens is not None and shape is not None and self._samples[shape, DENSE] <= SAMPLES:
+        if break_evens is not None and shape is not None and self._samples[shape, DENSE] <= SAMPLES:
+            try:
                 watch = break_evens.start(shape, DENSE)
+            except Exception as error:
+                self._untimed(break_evens, shape, error)
+        try:
             yield watch is not None
             if watch is not None:
                 self._samples[shape, DENSE] += 1

@@ -148,7 +148,8 @@ def test_progress_text_and_receipt_reach_the_node(kit, monkeypatch):
     kit.sample(kit.lite(node_id="7"))
     assert {node for node, _ in sent} == {"7"} and len(sent) == 5
     for step, (_, text) in enumerate(sent[:4]):
-        assert text.startswith(f"step {step + 1}/4: skipped ") and "state " in text
+        phase = "sparse" if step else "recording"
+        assert text.startswith(f"step {step + 1}/4 ({phase}): skipped ") and "masks 0.5 KB" in text
     assert "attention calls taken" in sent[4][1] and "step 1 of 4 dense" in sent[4][1]
 
     def closed(text, node_id):
