@@ -177,13 +177,12 @@ def apply_model(executor: Callable, x: torch.Tensor, t: torch.Tensor, c_concat: 
         module = getattr(executor.class_obj, "diffusion_model", None)
         evaluation = _evaluation(run, executor.class_obj, x, c_crossattn, transformer_options, kwargs)
         with ExitStack() as stack:
-            numbered = transformer_options
+            numbered = {**transformer_options, EVALUATION_KEY: (run.owner, evaluation)}
             try:
-                numbered = stack.enter_context(families.numbered(module, transformer_options))
+                numbered = stack.enter_context(families.numbered(module, numbered))
             except Exception as error:
                 run.session.note(f"the blocks of the model cannot be numbered. {type(error).__name__}: "
                                  f"{str(error)[:200]}")
-            numbered = {**numbered, EVALUATION_KEY: (run.owner, evaluation)}
             return executor(x, t, c_concat, c_crossattn, control, numbered, **kwargs)
     return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 

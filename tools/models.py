@@ -63,10 +63,11 @@ def page() -> str:
 
 
 def _row(family, tested: list) -> list[str]:
-    from liteattention.host.families.family import BlockHooks, BlockPatches
+    from liteattention.host.families.family import BlockHooks, BlockPatches, ForeignForward
 
     numbering = {type(None): "the model", BlockPatches: "us, in its block replacement",
-                 BlockHooks: "us, in hooks during a call"}[type(family.numbering)]
+                 BlockHooks: "us, in hooks during a call",
+                 ForeignForward: "the model; us, where a node replaces its forward"}[type(family.numbering)]
     what = [f"{case.what}{' *' if case.sizes else ''}" for case in tested]
     return [family.name, ", ".join(f"`{name}`" for name in family.models), family.text, _kept(family), numbering,
             ", ".join(family.left) or "–", "; ".join(what) or "no"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,37 @@ def _numbering_hook(kind: str, index: int, total: int) -> Callable:
 
 
 @dataclass(frozen=True)
+class ForeignForward:
+    """For a model that numbers its blocks itself, where a node has put another forward in its place (TeaCache) that
+    calls them without `transformer_options`: hooks supply them for the length of the call.
+
+    Attributes:
+        kind, blocks: as in `BlockHooks`.
+    """
+
+    kind: str
+    blocks: str
+
+    @contextmanager
+    def numbered(self, module: torch.nn.Module, options: dict) -> Iterator[dict]:
+        """`options`, unchanged; the blocks get them while the context is open."""
+        with ExitStack() as hooks:
+            blocks = getattr(module, self.blocks, ()) if {"forward", "forward_orig"} & vars(module).keys() else ()
+            for index, block in enumerate(blocks):
+                if OPTIONS in inspect.signature(block.forward).parameters:
+                    ids = {"block_type": self.kind, "block_index": index, "total_blocks": len(blocks)}
+                    hook = partial(_supply, {**options, **ids})
+                    hooks.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield options
+
+
+def _supply(options: dict, block: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    if torch.compiler.is_compiling() or kwargs.get(OPTIONS):
+        return None
+    return args, {**kwargs, OPTIONS: options}
+
+
+@dataclass(frozen=True)
 class Family:
     """Where a family of models has its video (or image) tokens, and how its attention layers are told apart.
 
@@ -151,7 +183,7 @@ class Family:
     behind: Callable[[ModelCall], int | None] = unknown
     patch: Callable[[torch.nn.Module], object] = attrgetter("patch_size")
     dropped: Callable[[ModelCall], int | None] = nothing
-    numbering: BlockPatches | BlockHooks | None = None
+    numbering: BlockPatches | BlockHooks | ForeignForward | None = None
     width: Callable[[torch.nn.Module], int | None] = lambda module: None
     left: tuple[str, ...] = ()
 

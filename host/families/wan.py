@@ -1,8 +1,9 @@
 """Wan 2.1 and 2.2. References of Wan Fun come first, those of others, and motion frames, last."""
 
-from .family import Family, ModelCall, nothing
+from .family import Family, ForeignForward, ModelCall, nothing
 
 CROSS = "cross-attention"
+FOREIGN = ForeignForward("double", "blocks")
 
 
 def reference_frame(call: ModelCall) -> int:
@@ -15,9 +16,10 @@ def reference_frame(call: ModelCall) -> int:
 
 
 FAMILIES = (
-    Family("Wan 2.1 / 2.2 T2V, I2V", ("WanModel",), CROSS, front=reference_frame),
-    Family("Wan VACE", ("VaceWanModel",), CROSS, front=nothing),
-    Family("Wan Camera", ("CameraWanModel",), CROSS, front=nothing),
-    Family("Wan S2V", ("WanModel_S2V",), CROSS, front=nothing, left=("audio",)),
-    Family("Wan Animate", ("AnimateWanModel",), CROSS, front=reference_frame, left=("face",)),
+    Family("Wan 2.1 / 2.2 T2V, I2V", ("WanModel",), CROSS, front=reference_frame, numbering=FOREIGN),
+    Family("Wan VACE", ("VaceWanModel",), CROSS, front=nothing, numbering=FOREIGN),
+    Family("Wan Camera", ("CameraWanModel",), CROSS, front=nothing, numbering=FOREIGN),
+    Family("Wan S2V", ("WanModel_S2V",), CROSS, front=nothing, left=("audio",), numbering=FOREIGN),
+    Family("Wan Animate", ("AnimateWanModel",), CROSS, front=reference_frame, left=("face",),
+           numbering=FOREIGN),
 )

@@ -7,6 +7,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import comfy.ldm.modules.attention as core_attention
 import comfy.sd
@@ -223,6 +224,42 @@ def test_a_patch_of_the_attention_modules_is_named_in_the_receipt(kit, order):
     assert torch.equal(out, kit.sample(replaced(kit.model), STEPS, size=SMALL))
     assert handle.receipt.left == {"cross-attention": CALLS} and handle.receipt.taken == 0
     assert f"diffusion_model.blocks.0.self_attn.forward and {LAYERS - 1} more" in handle.receipt.text()
+
+
+def forgetful(model):
+    """What TeaCache does to Wan: during a call another `forward_orig`, which runs the blocks without telling them of
+    `transformer_options`."""
+    patched = model.clone()
+    network = model.get_model_object("diffusion_model")
+    blocks = list(network.blocks)
+
+    def without(block):
+        return lambda *args, transformer_options=None, **kwargs: block(*args, **kwargs)
+
+    def forward_orig(*args, **kwargs):
+        object.__setattr__(network, "blocks", [without(block) for block in blocks])
+        try:
+            return type(network).forward_orig(network, *args, **kwargs)
+        finally:
+            object.__delattr__(network, "blocks")
+
+    def wrapper(model_function, arguments):
+        with mock.patch.multiple(network, forward_orig=forward_orig):
+            return model_function(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_forward_that_does_not_tell_its_blocks_is_served_all_the_same(kit, order):
+    check_left_and_dense(kit, order, forgetful)
+    handle, plain = RunHandle(), RunHandle()
+    out = kit.sample(in_order(kit, order, forgetful, handle), STEPS, size=SMALL)
+    assert handle.receipt.taken == CALLS and handle.receipt.left == {"cross-attention": CALLS}
+    assert torch.equal(out, kit.sample(kit.lite(handle=plain), STEPS, size=SMALL))
+    assert handle.receipt.layers == plain.receipt.layers and handle.receipt.skipped > 0
+    assert not any(block._forward_pre_hooks for block in kit.model.get_model_object("diffusion_model").blocks)
 
 
 @pytest.fixture
