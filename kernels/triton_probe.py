@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .cache import user_cache_dir
+from .selftest import BASIC
 
 log = logging.getLogger("LiteAttention")
 
@@ -31,10 +32,15 @@ _CHILD = Path(__file__).with_name("selftest.py")
 
 @dataclass(frozen=True)
 class TritonVerdict:
-    """`usable`, and otherwise `reason`: one sentence for the user with what to do."""
+    """`usable`, and otherwise `reason`: one sentence for the user with what to do.
+
+    Attributes:
+        stand_in: whether that holds for stand-ins of skipped tiles, too; if not, `reason` says why.
+    """
 
     usable: bool
     reason: str = ""
+    stand_in: bool = True
 
 
 def triton_verdict(device: torch.device) -> TritonVerdict:
@@ -76,8 +82,9 @@ def cached_verdict(identity: list[str], device: str, cache_dir: Path | None = No
     path = folder / f"triton-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.json"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        if held["usable"] is True or time.time() - float(held["time"]) < _REFUSAL_LASTS_S:
-            return TritonVerdict(held["usable"] is True, str(held["reason"]))
+        verdict = TritonVerdict(held["usable"] is True, str(held["reason"]), held["stand_in"] is True)
+        if (verdict.usable and verdict.stand_in) or time.time() - float(held["time"]) < _REFUSAL_LASTS_S:
+            return verdict
     except (OSError, ValueError, KeyError, TypeError):
         pass
     log.info("LiteAttention: first use on this machine: a child process compiles and checks the kernels on %s", device)
@@ -99,8 +106,9 @@ def run_selftest(device: str) -> TritonVerdict:
     try:
         child = subprocess.run([sys.executable, str(_CHILD), device], capture_output=True, text=True,
                                timeout=_CHILD_TIMEOUT_S, env=environment, check=False)
-    except subprocess.TimeoutExpired:
-        return TritonVerdict(False, f"the Triton self-test did not finish in {_CHILD_TIMEOUT_S} s")
+    except subprocess.TimeoutExpired as error:
+        # What a child has said before is bytes or text, by platform.
+        return _refusal(f"the Triton self-test did not finish in {_CHILD_TIMEOUT_S} s", str(error.stdout or ""))
     except OSError as error:
         return TritonVerdict(False, f"the Triton self-test could not be started: {error}")
     if child.returncode == 0:
@@ -108,7 +116,12 @@ def run_selftest(device: str) -> TritonVerdict:
     said = [line for line in (child.stderr or child.stdout or "").strip().splitlines() if line.strip()]
     detail = said[-1][:300] if said else "it said nothing"
     ended = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-    return TritonVerdict(False, f"the Triton self-test on this GPU ended with {ended}: {detail}")
+    return _refusal(f"the Triton self-test on this GPU ended with {ended}: {detail}", child.stdout or "")
+
+
+def _refusal(reason: str, said: str) -> TritonVerdict:
+    """Of everything, or of the stand-ins alone, which the child checks last."""
+    return TritonVerdict(True, reason, stand_in=False) if BASIC in said else TritonVerdict(False, reason)
 
 
 def install_hint() -> str:

@@ -200,6 +200,9 @@ class Session:
             if name == "torch" and device.type != "cpu" and not choice.asked:
                 name = None
             reason = choice.reason
+            if name is not None and not choice.stand_in and self.stand_in:
+                self._stand_in_failed = True
+                self.note(f"stand_in is off on {device}. {reason}")
         except Exception as error:
             # A wrong environment variable, a driver that answers with an error: no reason to lose a render.
             name, reason = None, str(error)

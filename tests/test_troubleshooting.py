@@ -60,7 +60,8 @@ def cut(texts):
 MESSAGES = {
     "notes": [text for folder in ("runtime", "host") for path in sorted((ROOT / folder).rglob("*.py"))
               for text in cut(in_calls(path, ("note", "_note")))],
-    "verdicts on Triton": cut(in_calls("kernels/triton_probe.py", ("TritonVerdict",), 1)),
+    "verdicts on Triton": cut([*in_calls("kernels/triton_probe.py", ("TritonVerdict",), 1),
+                               *in_calls("kernels/triton_probe.py", ("_refusal",))]),
     # Masks are made for the call: one that does not fit is our own error.
     "calls not served": [text for text in cut(in_calls("kernels/api.py", ("no",), 3)) if "mask for" not in text[0]],
     "profiles refused": cut(in_calls("runtime/profile.py", ("ProfileError",))),

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from liteattention.kernels import triton_probe
+from liteattention.kernels.selftest import BASIC
 from liteattention.kernels.triton_probe import TritonVerdict, cached_verdict, install_hint, run_selftest
 
+STAND_IN_LINE = "p = tl.math.exp2(s - m_safe[:, None])"
 YES = TritonVerdict(True)
 NO = TritonVerdict(False, "no")
 IDENTITY = ["GPU", "driver", "torch", "triton"]
@@ -72,6 +74,13 @@ def test_how_a_child_can_end(monkeypatch):
         (ended(1, err="Traceback\nRuntimeError: bad\n\n"),
          TritonVerdict(False, "the Triton self-test on this GPU ended with exit code 1: RuntimeError: bad")),
     ]
+    # What has passed before the stand-ins failed, or the process died of them, can be used.
+    passed = f"{BASIC}\n"
+    cases += [(ended(-6, passed), TritonVerdict(True, "the Triton self-test on this GPU ended with signal 6: " + BASIC,
+                                                stand_in=False)),
+              (ended(1, passed, "result differs by 3 at head_dim 64 with stand-ins\n"),
+               TritonVerdict(True, "the Triton self-test on this GPU ended with exit code 1: result differs by 3 at "
+                                   "head_dim 64 with stand-ins", stand_in=False))]
     for run, verdict in cases:
         monkeypatch.setattr(subprocess, "run", run)
         assert run_selftest("cuda:0") == verdict
@@ -82,6 +91,12 @@ def test_how_a_child_can_end(monkeypatch):
     def cannot_start(*args, **kwargs):
         raise OSError("no such file")
 
+    def hangs_late(*args, **kwargs):
+        raise subprocess.TimeoutExpired("child", 300, output=passed.encode())
+
+    monkeypatch.setattr(subprocess, "run", hangs_late)
+    verdict = run_selftest("cuda:0")
+    assert verdict.usable and not verdict.stand_in and "did not finish" in verdict.reason
     monkeypatch.setattr(subprocess, "run", too_slow)
     assert "did not finish in 300 s" in run_selftest("cuda:0").reason
     monkeypatch.setattr(subprocess, "run", cannot_start)
@@ -93,18 +108,33 @@ def test_the_real_self_test_passes(device):
     assert run_selftest(str(device)) == YES
 
 
-def test_the_real_self_test_notices_a_wrong_kernel(tmp_path, monkeypatch, device):
-    """The child with one number of the kernel changed does not pass."""
+@pytest.mark.parametrize("file, right, wrong, verdict", [
+    ("triton_attention.py", "alpha = tl.math.exp2(m_i - m_safe)", "alpha = tl.math.exp2(m_i - m_safe) * 0.5",
+     (False, True)),
+    ("triton_stand_in.py", STAND_IN_LINE, f"{STAND_IN_LINE} * 2", (True, False)),
+])
+def test_the_real_self_test_notices_a_wrong_kernel(tmp_path, monkeypatch, device, file, right, wrong, verdict):
+    """The child with one number of a kernel changed does not pass; where only stand-ins are wrong, the rest does."""
     pytest.importorskip("triton", reason="Triton is not installed on this system")
     for source in triton_probe._CHILD.parent.glob("*.py"):
-        text = source.read_text()
-        if source.name == "triton_attention.py":
-            assert "alpha = tl.math.exp2(m_i - m_safe)" in text
-            text = text.replace("alpha = tl.math.exp2(m_i - m_safe)", "alpha = tl.math.exp2(m_i - m_safe) * 0.5")
-        (tmp_path / source.name).write_text(text)
+        text = source.read_text(encoding="utf-8")
+        if source.name == file:
+            assert text.count(right) == 1
+            text = text.replace(right, wrong)
+        (tmp_path / source.name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(triton_probe, "_CHILD", tmp_path / "selftest.py")
-    verdict = run_selftest(str(device))
-    assert not verdict.usable and "result differs" in verdict.reason
+    found = run_selftest(str(device))
+    assert (found.usable, found.stand_in) == verdict and "differs" in found.reason
+
+
+@pytest.mark.parametrize("verdict, asked", [(TritonVerdict(True, "bad", stand_in=False), 2), (YES, 1)])
+def test_stand_ins_that_failed_are_tried_again_a_day_later(tmp_path, monkeypatch, verdict, asked):
+    child = Child(verdict, YES)
+    assert cached_verdict(IDENTITY, "cuda:0", tmp_path, child) == verdict
+    assert cached_verdict(IDENTITY, "cuda:0", tmp_path, child) == verdict and child.asked == 1
+    now = triton_probe.time.time()
+    monkeypatch.setattr(triton_probe.time, "time", lambda: now + 25 * 3600)
+    assert cached_verdict(IDENTITY, "cuda:0", tmp_path, child) == YES and child.asked == asked
 
 
 @pytest.mark.parametrize("system, version, hip, expected", [
