@@ -36,6 +36,14 @@ def free_memory(device: torch.device) -> int | None:
     return int(comfy.model_management.get_free_memory(device))
 
 
+_NAMES = {
+    "attention_pytorch": "PyTorch's attention", "attention_sub_quad": "ComfyUI's sub-quadratic attention",
+    "attention_split": "ComfyUI's split attention", "attention_xformers": "xFormers", "attention_sage": "SageAttention",
+    "attention3_sage": "SageAttention 3", "attention_flash": "FlashAttention",
+    "attention_comfy_kitchen_int8": "ComfyUI's INT8 attention",
+}
+
+
 def attention_name(override: Callable | None) -> str:
     """The attention that computes what is left, for people and without a path: ComfyUI's own function, or the override
     found on a model and the pack that it comes from."""
@@ -52,7 +60,8 @@ def attention_name(override: Callable | None) -> str:
 
 
 def _name(function: Callable) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+    name = getattr(function, "__name__", type(function).__name__)
+    return _NAMES.get(name, name)
 
 
 def faster_dense(override: Callable | None, device: torch.device) -> str:

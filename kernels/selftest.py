@@ -69,7 +69,7 @@ def check(kernels, device: str, forms: tuple) -> str | None:
 
 def make_inputs(seqlen: int, head_dim: int, stand_in: bool) -> list:
     """q, k, v [1, 1, seqlen, head_dim], float32, whose key tiles differ in strength: of plain noise no tile is ever
-    dropped, and the masks would prove nothing. For stand-ins the dropped ones weigh something, and have other values."""
+    dropped, and the masks would prove nothing. For stand-ins the dropped tiles weigh something and differ in value."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

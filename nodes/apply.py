@@ -26,7 +26,7 @@ LiteAttentionRun = io.Custom("LITEATTENTION_RUN")
 
 
 class LiteAttention(io.ComfyNode):
-    """Patches a model so that its sampling runs skip attention tiles that have stopped to matter."""
+    """Patches a model so that its sampling runs skip attention tiles that no longer matter."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

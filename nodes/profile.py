@@ -30,15 +30,15 @@ class LiteAttentionCalibrate(io.ComfyNode):
             category="model/patch",
             search_aliases=["sparse attention", "calibration", "profile", "tune"],
             description="One sampling run with this model measures how much attention each layer can do without, and "
-                        "leaves a profile for LiteAttention. That run takes up to four times the attention of a usual "
+                        "leaves a profile for LiteAttention. That run takes up to three times the attention of a usual "
                         "one. Put it last before the sampler, in the place of LiteAttention.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to calibrate, patched as it will be used."),
                 io.Float.Input(
                     "target_error", default=0.02, min=TARGET_MIN, max=TARGET_MAX, step=0.001, round=TARGET_MIN,
                     tooltip="The error against dense attention that no attention call of the run may exceed. 0.02 is "
-                            "2 %. Other prompts come close to it, not below it in every call. Half of it skips a "
-                            "good deal less."),
+                            "2 %. With other prompts single calls can exceed it, by half or more. Half of it "
+                            "skips a good deal less."),
                 io.Combo.Input(
                     "metric", options=list(METRICS), default=METRICS[0],
                     tooltip="How the error of a call is measured, over all its tokens. cosine is 1 - cosine "

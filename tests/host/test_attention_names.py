@@ -33,8 +33,8 @@ def test_objects_without_a_name_have_the_name_of_their_class():
 def test_the_receipt_names_what_computes_the_rest(kit):
     handle = RunHandle()
     kit.sample(kit.lite(handle=handle))
-    own = attention.optimized_attention.__name__
-    assert handle.receipt.previous == own and f"(by {own})" in handle.receipt.text()
+    own = handle.receipt.previous
+    assert own in compat._NAMES.values() and f"(by {own})" in handle.receipt.text()
     kit.sample(kit.lite(kit.watched(kit.model)[0], handle=handle))
     assert handle.receipt.previous.startswith("counting of ")
 
@@ -45,7 +45,13 @@ def test_the_backend_that_core_has_set_is_named_by_what_was_chosen(kit):
         pytest.skip("this ComfyUI has no Model Attention Backend")
     handle = RunHandle()
     kit.sample(kit.lite(nodes.ModelAttentionBackend().patch(kit.model, "pytorch attention")[0], handle=handle))
-    assert handle.receipt.previous == "attention_pytorch"
+    assert handle.receipt.previous == "PyTorch's attention"
+
+
+def test_every_attention_of_comfyui_has_a_name_for_people():
+    own = {name for name in vars(attention) if name.startswith(("attention_", "attention3_"))
+           and callable(getattr(attention, name)) and name not in ("attention_basic", "attention_unavailable")}
+    assert own <= set(compat._NAMES), own - set(compat._NAMES)
 
 
 def test_a_faster_dense_attention_is_named_only_where_it_is_there_and_not_in_use(monkeypatch):
