@@ -174,30 +174,80 @@ def test_calibration_runs_to_the_end_and_its_profile_is_used(server, known):
     assert set(receipt["left"]) <= {"cross-attention", "warm-up step"}
 
 
-def test_the_frontend_loads_and_converts_every_workflow(server, known):
+@pytest.fixture(scope="module")
+def browser(server):
     if missing():
         pytest.skip(f"needs {missing()}")
     server.post("/settings", {"Comfy.TutorialCompleted": True})
-    browser = open_frontend(server.port)
-    try:
-        browser.get_log("browser")  # what a frontend says with an empty user folder
-        for name, graph in GRAPHS.items():
-            found = browser.execute_async_script(LOAD_AND_CONVERT, json.dumps(graph), name)
-            assert "error" not in found, (name, found)
-            assert sorted(kind for kind, _ in found["nodes"]) == sorted(node["type"] for node in graph["nodes"]), name
-            assert all(there for _, there in found["nodes"]), f"{name}: missing nodes"
-            converted = {key: {"class_type": node["class_type"], "inputs": node["inputs"]}
-                         for key, node in found["output"].items() if node["class_type"] in known}
-            assert converted == to_prompt(graph, known), name
-            severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-            assert not severe, (name, severe)
-        listed = browser.execute_async_script(
-            "const done = arguments[1]; Promise.all(arguments[0].map(name => fetch("
-            "`/api/workflow_templates/ComfyUI-LiteAttention/${name}.jpg`).then(answer => answer.status))).then(done)",
-            list(GRAPHS))
-        assert set(listed) == {200}, "thumbnails where the template browser asks for them"
-    finally:
-        browser.quit()
+    opened = open_frontend(server.port)
+    yield opened
+    opened.quit()
+
+
+def test_the_frontend_loads_and_converts_every_workflow(browser, known):
+    browser.get_log("browser")  # what a frontend says with an empty user folder
+    for name, graph in GRAPHS.items():
+        found = browser.execute_async_script(LOAD_AND_CONVERT, json.dumps(graph), name)
+        assert "error" not in found, (name, found)
+        assert sorted(kind for kind, _ in found["nodes"]) == sorted(node["type"] for node in graph["nodes"]), name
+        assert all(there for _, there in found["nodes"]), f"{name}: missing nodes"
+        converted = {key: {"class_type": node["class_type"], "inputs": node["inputs"]}
+                     for key, node in found["output"].items() if node["class_type"] in known}
+        assert converted == to_prompt(graph, known), name
+        severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert not severe, (name, severe)
+    listed = browser.execute_async_script(
+        "const done = arguments[1]; Promise.all(arguments[0].map(name => fetch("
+        "`/api/workflow_templates/ComfyUI-LiteAttention/${name}.jpg`).then(answer => answer.status))).then(done)",
+        list(GRAPHS))
+    assert set(listed) == {200}, "thumbnails where the template browser asks for them"
+
+
+def test_help_pages_and_their_pictures_are_served_where_the_frontend_asks_for_them(browser, known):
+    ours = [name for name in known if name.startswith("LiteAttention")]
+    answers = browser.execute_async_script("""
+        const done = arguments[1];
+        Promise.all(arguments[0].flatMap(name => ["md", "jpg"].map(async kind => {
+          const answer = await fetch(`/extensions/ComfyUI-LiteAttention/docs/${name}.${kind}`);
+          return [name, kind, answer.status, (await answer.blob()).size];
+        }))).then(done)""", ours)
+    assert len(answers) == 18 and not [answer for answer in answers if answer[2] != 200 or answer[3] < 200]
+
+
+def test_a_run_in_the_frontend_shows_text_report_and_comparison(server, browser):
+    """What a newcomer does, with the demo's graph made small: load, press Run, look at the node."""
+    graph = copy.deepcopy(GRAPHS[DEMO])
+    for node in graph["nodes"]:
+        if node["type"] == "EmptyHunyuanLatentVideo":
+            node["widgets_values"][:3] = [160, 160, 25]
+        elif node["type"] == "KSampler":
+            node["widgets_values"][2] = 5
+        elif node["type"] == "LiteAttention":
+            node["widgets_values"][4] = 128  # min_tokens
+    found = browser.execute_async_script(LOAD_AND_CONVERT, json.dumps(graph), "small demo")
+    assert "error" not in found
+    before, texts = len(server.receipts()), []
+    browser.execute_script("""
+        const button = document.querySelector('[data-testid=queue-button]');  // not in every frontend
+        if (button) button.click(); else app.queuePrompt(0);""")
+    deadline = time.monotonic() + 120
+    while not (texts and texts[-1].startswith("skipped")):
+        assert time.monotonic() < deadline, (texts, server.log()[-2000:])
+        time.sleep(0.05)
+        text = browser.execute_script("""
+            const node = app.graph.nodes.find(node => node.type === 'LiteAttention');
+            return node.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? ''""")
+        if text and text not in texts:
+            texts.append(text)
+    assert any(text.startswith("step ") for text in texts) and len(server.receipts()) == before + 1
+    shown = """
+        return ['LiteAttentionReport', 'LiteAttentionCompare'].map(type => {
+          const node = app.graph.nodes.find(node => node.type === type);
+          return (node.imgs ?? []).length;
+        })"""
+    while browser.execute_script(shown) != [1, 1]:
+        assert time.monotonic() < deadline, browser.execute_script(shown)
+        time.sleep(0.2)
 
 
 def test_the_template_browser_lists_them_all(server):
