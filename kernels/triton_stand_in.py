@@ -9,6 +9,42 @@ STAND_INS = tl.constexpr(32)
 """Stand-ins that a program takes in at once: those of one mask word."""
 
 
+@triton.jit
+def _sum_over_chunk(k_base, other_base, means_ptr, stride_kn, stride_other, first_tile, end_tile, seqlen,
+                    TILE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+                    PRECISION: tl.constexpr):
+    """Sum of (k - mean)(other - mean).T over the tiles of a chunk; the means of other go to `means`, [KT, D]."""
+    offs_d = tl.arange(0, D_PADDED)
+    in_d = offs_d < D
+    total = tl.zeros([D_PADDED, D_PADDED], tl.float32)
+    for tile in tl.range(first_tile, end_tile):
+        n_keys = tl.minimum(seqlen - tile * TILE, TILE)
+        start = tl.cast(tile * TILE, tl.int64)
+        k_tile = k_base + start * stride_kn
+        other_tile = other_base + start * stride_other
+        k_mean = tl.zeros([D_PADDED], tl.float32)
+        other_mean = tl.zeros([D_PADDED], tl.float32)
+        for first in range(0, TILE, ROWS):
+            offs = first + tl.arange(0, ROWS)
+            inside = (offs < n_keys)[:, None] & in_d[None, :]
+            k = tl.load(k_tile + offs[:, None] * stride_kn + offs_d[None, :], mask=inside, other=0.0)
+            other = tl.load(other_tile + offs[:, None] * stride_other + offs_d[None, :], mask=inside, other=0.0)
+            k_mean += tl.sum(k.to(tl.float32), 0)
+            other_mean += tl.sum(other.to(tl.float32), 0)
+        k_mean = k_mean / n_keys
+        other_mean = other_mean / n_keys
+        tl.store(means_ptr + tile * D + offs_d, other_mean.to(means_ptr.dtype.element_ty), mask=in_d)
+        for first in range(0, TILE, ROWS):
+            offs = first + tl.arange(0, ROWS)
+            inside = (offs < n_keys)[:, None] & in_d[None, :]
+            k = tl.load(k_tile + offs[:, None] * stride_kn + offs_d[None, :], mask=inside, other=0.0)
+            other = tl.load(other_tile + offs[:, None] * stride_other + offs_d[None, :], mask=inside, other=0.0)
+            dk = tl.where(inside, k.to(tl.float32) - k_mean[None, :], 0.0).to(k.dtype)
+            d_other = tl.where(inside, other.to(tl.float32) - other_mean[None, :], 0.0).to(k.dtype)
+            total = tl.dot(tl.trans(dk), d_other, total, input_precision=PRECISION)
+    return total
+
+
 @triton.jit(do_not_specialize=["n_heads", "seqlen", "n_tiles", "n_chunks", "chunk_tiles"])
 def summary_kernel(k_ptr, v_ptr, keys_ptr, values_ptr, moments_ptr, stride_kb, stride_kh, stride_kn,
                    stride_vb, stride_vh, stride_vn, n_heads, seqlen, n_tiles, n_chunks, chunk_tiles,
@@ -18,7 +54,8 @@ def summary_kernel(k_ptr, v_ptr, keys_ptr, values_ptr, moments_ptr, stride_kb, s
 
     k, v: [B, H, N, D]. keys, values: [B*H, KT, D], means of each tile, in the dtype of k. moments: float32
     [B*H, n_chunks, 2, D, D], for moment 0 the sum over the chunk of (k - mean)(v - mean).T, for moment 1 of
-    (k - mean)(k - mean).T. Moment 0 also writes `values`, moment 1 `keys`. Sums are in a fixed order.
+    (k - mean)(k - mean).T. Moment 0 also writes `values`, moment 1 `keys`. Sums are in a fixed order. Batch, head and
+    tile offsets are int64; offsets within a tile are int32.
     """
     pid = tl.program_id(0)
     moment = pid % 2
@@ -26,42 +63,20 @@ def summary_kernel(k_ptr, v_ptr, keys_ptr, values_ptr, moments_ptr, stride_kb, s
     batch_head = pid // (2 * n_chunks)
     batch = (batch_head // n_heads).to(tl.int64)
     head = (batch_head % n_heads).to(tl.int64)
+    k_base = k_ptr + batch * stride_kb + head * stride_kh
+    means = batch_head.to(tl.int64) * n_tiles * D
+    first_tile = chunk * chunk_tiles
+    end_tile = tl.minimum(first_tile + chunk_tiles, n_tiles)
+    # A call in each branch and not a pointer chosen by it: Triton's passes for AMD stop at such a pointer
+    # (triton-lang/triton#9541), and still do where only one of the tensors is below 2 GB (#9859).
+    if moment == 0:
+        total = _sum_over_chunk(k_base, v_ptr + batch * stride_vb + head * stride_vh, values_ptr + means, stride_kn,
+                                stride_vn, first_tile, end_tile, seqlen, TILE, ROWS, D, D_PADDED, PRECISION)
+    else:
+        total = _sum_over_chunk(k_base, k_base, keys_ptr + means, stride_kn, stride_kn, first_tile, end_tile, seqlen,
+                                TILE, ROWS, D, D_PADDED, PRECISION)
     offs_d = tl.arange(0, D_PADDED)
     in_d = offs_d < D
-    k_base = k_ptr + batch * stride_kb + head * stride_kh
-    other_base = k_base
-    other_stride = stride_kn
-    means_ptr = keys_ptr
-    if moment == 0:
-        other_base = v_ptr + batch * stride_vb + head * stride_vh
-        other_stride = stride_vn
-        means_ptr = values_ptr
-    total = tl.zeros([D_PADDED, D_PADDED], tl.float32)
-    for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, n_tiles)):
-        n_keys = tl.minimum(seqlen - tile * TILE, TILE)
-        k_mean = tl.zeros([D_PADDED], tl.float32)
-        other_mean = tl.zeros([D_PADDED], tl.float32)
-        for first in range(0, TILE, ROWS):
-            offs = first + tl.arange(0, ROWS)
-            rows = (tile * TILE + offs).to(tl.int64)
-            inside = (offs < n_keys)[:, None] & in_d[None, :]
-            k = tl.load(k_base + rows[:, None] * stride_kn + offs_d[None, :], mask=inside, other=0.0)
-            other = tl.load(other_base + rows[:, None] * other_stride + offs_d[None, :], mask=inside, other=0.0)
-            k_mean += tl.sum(k.to(tl.float32), 0)
-            other_mean += tl.sum(other.to(tl.float32), 0)
-        k_mean = k_mean / n_keys
-        other_mean = other_mean / n_keys
-        tl.store(means_ptr + (batch_head.to(tl.int64) * n_tiles + tile) * D + offs_d,
-                 other_mean.to(means_ptr.dtype.element_ty), mask=in_d)
-        for first in range(0, TILE, ROWS):
-            offs = first + tl.arange(0, ROWS)
-            rows = (tile * TILE + offs).to(tl.int64)
-            inside = (offs < n_keys)[:, None] & in_d[None, :]
-            k = tl.load(k_base + rows[:, None] * stride_kn + offs_d[None, :], mask=inside, other=0.0)
-            other = tl.load(other_base + rows[:, None] * other_stride + offs_d[None, :], mask=inside, other=0.0)
-            dk = tl.where(inside, k.to(tl.float32) - k_mean[None, :], 0.0).to(k.dtype)
-            d_other = tl.where(inside, other.to(tl.float32) - other_mean[None, :], 0.0).to(k.dtype)
-            total = tl.dot(tl.trans(dk), d_other, total, input_precision=PRECISION)
     out_ptr = moments_ptr + pid.to(tl.int64) // 2 * (2 * D * D) + moment * (D * D)
     tl.store(out_ptr + offs_d[:, None] * D + offs_d[None, :], total, mask=in_d[:, None] & in_d[None, :])
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from support import pins
 from support.compiling import compile_all
-from support.variants import NVIDIA, Variant, gate_variants
+from support.variants import AMD, NVIDIA, SHARED_LIMIT, Variant, amd_gate_variants, gate_variants
 
 READ = Variant("sm_89", "read")
 ROW = {"launch": "128x64 w8 s2", "spill": 0, "atomics": 0, "tensor": "128 HMMA.16816.F32.BF16", "notes": "",
@@ -29,6 +29,16 @@ def test_every_kind_of_gpu_and_form_is_in_the_gate(static):
     assert {v.arch for v in gate_variants()} == set(NVIDIA)
     assert {v.name for v in gate_variants()} < set(static.names()) == set(pins.load()["variants"])
     assert {v.form for v in gate_variants()} >= {"dense", "read", "record", "branch", "mass", "quantize"}
+
+
+def test_amd_compiles(static):
+    if "amd" not in pytest.importorskip("triton.backends").backends:
+        pytest.skip("this Triton has no compiler for AMD")
+    rows = compile_all(static.__file__, amd_gate_variants())
+    assert {variant.arch for variant in rows} == set(AMD)
+    assert {variant.name: row["problem"] for variant, row in rows.items() if "problem" in row} == {}
+    assert [variant.name for variant, row in rows.items() if not row["kernel_tensor"]] == []
+    assert [variant.name for variant, row in rows.items() if row["shared"] > 1024 * SHARED_LIMIT[variant.arch]] == []
 
 
 def test_the_readme_counts_the_variants():
