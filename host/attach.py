@@ -8,7 +8,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..runtime import (
 )
 from . import companions, containers, families, frames, model_call, progress, prompt
 from .compat import allocation_guard, attention_name, faster_dense, free_memory
+from .environment import environment
 from .profiles import ProfiledRuns
 
 log = logging.getLogger("LiteAttention")
@@ -250,7 +251,7 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
             return result
         finally:
             guider.model_options = original_options
-            _close(session, handle, node_id)
+            _close(session, handle, node_id, guider.model_patcher)
 
     setattr(outer_sample, _HANDLE, handle)
     return outer_sample
@@ -312,11 +313,11 @@ def _keep_pictures(session: Session, handle: RunHandle, graph: Any, node_id: str
         session.note(f"masks cannot be drawn. {type(error).__name__}: {str(error)[:200]}")
 
 
-def _close(session: Session, handle: RunHandle, node_id: str | None) -> None:
+def _close(session: Session, handle: RunHandle, node_id: str | None, patcher: Any) -> None:
     """However the run has ended. Never raises: the latent, or the error of the run, is what its caller has to see."""
     handle.receipt = None
     try:
-        handle.receipt = session.close()
+        handle.receipt = replace(session.close(), environment=environment(patcher))
         _show_receipt(handle.receipt, node_id, session.config.log_details)
     except Exception:
         # As text: a log that keeps its records would keep the run.

@@ -296,6 +296,8 @@ def run_summary(stats: Mapping[str, Any], masks: Sequence[MaskPanel] = ()) -> st
     if stats.get("wrong_drop_rate") is not None:
         lines.append(f"Refresh: {percent(stats['wrong_drop_rate'], 1)} of {stats['refreshed']} skipped tiles were "
                      "needed after all.")
+    if stats.get("environment"):
+        lines.append(", ".join(f"{name} {value}" for name, value in stats["environment"].items()) + ".")
     if not masks:
         lines.append("No masks were kept by this run; they are when this node is connected while the sampler runs.")
     lines += [f"Note: {note}" for note in stats.get("notes", ())]

@@ -68,6 +68,7 @@ class Receipt:
         previous: the attention that computes what is left, by name.
         settings: the node's settings.
         advice: what to try.
+        environment: versions, device and model, for bug reports.
         notes: things that happened once and are worth a line.
     """
 
@@ -98,6 +99,7 @@ class Receipt:
     dense_tiles: int = 0
     settings: dict = field(default_factory=dict)
     advice: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def skipped(self) -> float:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import types
 
 import pytest
@@ -46,6 +47,11 @@ def test_a_run_is_reported(kit):
     receipt = run_handle(model).receipt
     assert stats["skipped"] == receipt.skipped > 0.05 and stats["taken"] == receipt.taken
     assert f"Skipped {receipt.skipped * 100:.1f} %" in summary and "No masks" not in summary
+    about = stats["environment"]
+    assert about["model"] == "WanModel" and about["device"] == "cpu" and about["torch"] == torch.__version__
+    assert all(re.match(r"\d+\.\d+", about[name]) for name in ("liteattention", "comfyui", "python", "triton"))
+    assert f"torch {torch.__version__}" in summary
+    assert not re.search(r"/\w+/|\\\\|safetensors", out.args[3]), "no path and no file name"
     assert len(stats["layers"]) == 5 and all(len(shares) == 4 for shares in stats["layers"].values())
     # Each layer's share of each step, weighed alike, is the step's.
     for step, share in enumerate(stats["skipped_per_step"]):

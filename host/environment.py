@@ -1,0 +1,48 @@
+"""What a bug report has to name: versions, device, model. No path, no prompt, no file name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+UNKNOWN = "unknown"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"liteattention": UNKNOWN, "comfyui": UNKNOWN, "python": platform.python_version(),
+             "system": platform.system(), "torch": torch.__version__, "triton": "none"}
+    try:
+        project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+        found["liteattention"] = re.search(r'^version = "(.+)"', project, re.MULTILINE).group(1)
+    except (OSError, AttributeError):
+        pass
+    try:
+        found["comfyui"] = str(importlib.import_module("comfyui_version").__version__)
+    except (ImportError, AttributeError):
+        pass
+    for name in ("triton", "triton-windows", "pytorch-triton-rocm", "pytorch-triton"):
+        try:
+            found["triton"] = importlib.metadata.version(name)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(patcher: Any) -> dict[str, str]:
+    """Of a run with this ModelPatcher. Never raises."""
+    device = getattr(patcher, "load_device", None)
+    try:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    except Exception:  # a driver in trouble: the run has said so already
+        name = UNKNOWN
+    network = getattr(getattr(patcher, "model", None), "diffusion_model", None)
+    return {**_versions(), "device": name, "model": type(getattr(network, "_orig_mod", network)).__name__}
