@@ -1,5 +1,6 @@
-"""A second opinion: comfy-test's checks (comfy-test.toml) on the files that the registry gets, in a real server."""
+"""The files that the registry gets, in a real server: the demo runs, and comfy-test (comfy-test.toml) finds nothing."""
 
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,6 @@ from comfyui import find_comfyui
 
 from liteattention.tools import server
 
-pytest.importorskip("comfy_test", reason="comfy-test is not installed (pip install -r tools/requirements.txt)")
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 CONFIG = server.ROOT / "comfy-test.toml"
 # kernels/selftest.py and kernels/tune.py make half-precision inputs of their own; the demo model is to run without a
@@ -19,22 +19,36 @@ CONFIG = server.ROOT / "comfy-test.toml"
 ACCEPTED = {"hazards": {"hardcoded-precision"}, "warnings": {"weights"}}
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
     """A copy of what is published, and a server that has it as its only pack."""
-    monkeypatch.syspath_prepend(server.ROOT / "tests")
-    from test_packaging import shipped
+    copy = tmp_path_factory.mktemp("published") / "ComfyUI-LiteAttention"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(server.ROOT / "tests")
+        from test_packaging import shipped
 
-    copy = tmp_path / "ComfyUI-LiteAttention"
-    for name in shipped():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(server.ROOT / name, copy / name)
-    monkeypatch.setattr(server, "ROOT", copy)
-    with server.ComfyServer(find_comfyui(), environment={"OMP_NUM_THREADS": "1"}) as running:
+        for name in shipped():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(server.ROOT / name, copy / name)
+        patch.setattr(server, "ROOT", copy)
+        running = server.ComfyServer(find_comfyui(), environment={"OMP_NUM_THREADS": "1"})
+    with running:
         yield copy, running
 
 
+def test_the_demo_runs_from_what_is_published(published):
+    prompt = json.loads((server.ROOT / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
+    prompt["3"]["inputs"]["min_tokens"] = 128
+    prompt["5"]["inputs"] |= {"width": 160, "height": 160, "length": 25}
+    prompt["6"]["inputs"]["steps"] = 4
+    _, running = published
+    assert set(running.run(prompt)) == {"7", "9"}
+    receipt = running.receipts()[-1]
+    assert receipt["taken"] == 20 and receipt["environment"]["liteattention"] != "unknown"
+
+
 def test_comfy_test_finds_nothing_wrong(published, tmp_path):
+    pytest.importorskip("comfy_test", reason="comfy-test is not installed (pip install -r tools/requirements.txt)")
     copy, running = published
     # Nodes of ComfyUI's own that lack a dependency are not this pack's fault.
     log = [line for line in running.log().splitlines() if copy.name in line]
