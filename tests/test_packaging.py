@@ -132,6 +132,9 @@ def test_the_help_page_explains_every_reason_by_its_own_words():
 def test_the_stated_mask_size_is_the_computed_one():
     mb = round(40 * mask_nbytes(1, 40, 75_600, 75_600) / 2**20)
     assert f"{mb} MB per prompt" in " ".join(README.split())
+    # On 8 GB cards: INT8 q and k and a float16 v of width 5120, and the masks.
+    assert f"take {4 * 32_760 * 5120 / 1e9:.1f} GB per prompt at 32,760 tokens" in README
+    assert f"The masks are {40 * mask_nbytes(1, 40, 32_760, 32_760) / 1e6:.0f} MB there" in README
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_committed_runs():
