@@ -333,4 +333,4 @@ def _show_receipt(receipt: Receipt, node_id: str | None, details: bool) -> None:
     log.info("LiteAttention: %s", receipt.text())
     if details:
         log.info("LiteAttention receipt %s", json.dumps(receipt.to_dict()))
-    progress.show(progress.LINE.join(receipt.lines()), node_id)
+    progress.show(receipt.node_text(), node_id)

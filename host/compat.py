@@ -9,6 +9,14 @@ import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import torch
 
+_NAMES = {
+    "attention_pytorch": "PyTorch's attention", "attention_sub_quad": "ComfyUI's sub-quadratic attention",
+    "attention_split": "ComfyUI's split attention", "attention_xformers": "xFormers", "attention_sage": "SageAttention",
+    "attention3_sage": "SageAttention 3", "attention_flash": "FlashAttention",
+    "attention_comfy_kitchen_int8": "ComfyUI's INT8 attention",
+}
+"""ComfyUI's own attentions, for people."""
+
 
 def allocation_guard() -> AbstractContextManager:
     """To hold around allocations that outlive a transformer block.
@@ -36,24 +44,15 @@ def free_memory(device: torch.device) -> int | None:
     return int(comfy.model_management.get_free_memory(device))
 
 
-_NAMES = {
-    "attention_pytorch": "PyTorch's attention", "attention_sub_quad": "ComfyUI's sub-quadratic attention",
-    "attention_split": "ComfyUI's split attention", "attention_xformers": "xFormers", "attention_sage": "SageAttention",
-    "attention3_sage": "SageAttention 3", "attention_flash": "FlashAttention",
-    "attention_comfy_kitchen_int8": "ComfyUI's INT8 attention",
-}
-
-
 def attention_name(override: Callable | None) -> str:
     """The attention that computes what is left, for people and without a path: ComfyUI's own function, or the override
     found on a model and the pack that it comes from."""
     if override is None:
         return _name(attention.optimized_attention)
     # What *Model Attention Backend* sets has a name that does not tell which backend was chosen.
-    cells = dict(zip(getattr(override, "__code__", attention_name.__code__).co_freevars,
-                     getattr(override, "__closure__", None) or (), strict=False))
-    if "optimized_attention" in cells:
-        return _name(cells["optimized_attention"].cell_contents)
+    captured = getattr(getattr(override, "__code__", None), "co_freevars", ())
+    if "optimized_attention" in captured:
+        return _name(override.__closure__[captured.index("optimized_attention")].cell_contents)
     module = str(getattr(override, "__module__", None) or "")
     folder, _, file = module.replace("\\", "/").rpartition("/")  # modules of custom nodes are named by their path
     return f"{_name(override)} of {file.split('.')[0] if folder else module}" if module else _name(override)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import platform
 import re
 from functools import cache
@@ -12,13 +11,15 @@ from typing import Any
 
 import torch
 
+from ..runtime import triton_package
+
 UNKNOWN = "unknown"
 
 
 @cache
 def _versions() -> dict[str, str]:
     found = {"liteattention": UNKNOWN, "comfyui": UNKNOWN, "python": platform.python_version(),
-             "system": platform.system(), "torch": torch.__version__, "triton": "none"}
+             "system": platform.system(), "torch": torch.__version__, "triton": (triton_package() or ("", "none"))[1]}
     try:
         project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
         found["liteattention"] = re.search(r'^version = "(.+)"', project, re.MULTILINE).group(1)
@@ -28,12 +29,6 @@ def _versions() -> dict[str, str]:
         found["comfyui"] = str(importlib.import_module("comfyui_version").__version__)
     except (ImportError, AttributeError):
         pass
-    for name in ("triton", "triton-windows", "pytorch-triton-rocm", "pytorch-triton"):
-        try:
-            found["triton"] = importlib.metadata.version(name)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

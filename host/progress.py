@@ -12,9 +12,6 @@ log = logging.getLogger("LiteAttention")
 INTERVAL_S = 0.25
 """Seconds between two texts of a run at least: steps of small models come faster than anybody reads."""
 
-LINE = ";\n"
-"""Between lines: the frontend's newer nodes show a line break as a space."""
-
 
 def show(text: str, node_id: str | None) -> None:
     """Show `text` on the node. Never raises: a missing server or a closed socket is no reason to lose a render."""

@@ -68,7 +68,7 @@ def _device_verdict(index: int) -> TritonVerdict:
         return TritonVerdict(False, f"{properties.name} (sm_{properties.major}{properties.minor}) is older than "
                                     "sm_80, the first that the kernels are made for")
     identity = [properties.name, str(torch.version.cuda or torch.version.hip), torch.__version__,
-                _triton_version(), _driver_version(), _source_hash()]
+                " ".join(triton_package() or ("unknown",)), _driver_version(), _source_hash()]
     return cached_verdict(identity, f"cuda:{index}")
 
 
@@ -140,13 +140,14 @@ def install_hint() -> str:
     return f"Triton is not installed; a CUDA build of torch brings it: {sys.executable} -m pip install triton"
 
 
-def _triton_version() -> str:
+def triton_package() -> tuple[str, str] | None:
+    """(name, version) of the installed package that brings Triton, or None. Triton is not imported."""
     for name in ("triton", "triton-windows", "pytorch-triton-rocm", "pytorch-triton"):
         try:
-            return f"{name} {importlib.metadata.version(name)}"
+            return name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "unknown"
+    return None
 
 
 def _driver_version() -> str:

@@ -1,5 +1,6 @@
 """What outlives one attention call: settings, schedule, skip masks and statistics of a sampling run. No ComfyUI."""
 
+from ..kernels import triton_package
 from .calibration import CalibrationSession, CalibrationTarget, ProfileHandle
 from .call import AttentionCall
 from .config import LiteAttentionConfig, parse_blocks
@@ -16,4 +17,4 @@ from .snapshot import MaskChoice, MaskPicture
 __all__ = ["AttentionCall", "BreakEvens", "CalibrationSession", "CalibrationTarget", "Evaluation", "KeptMasks",
            "LayerId", "LiteAttentionConfig", "MaskChoice", "MaskPicture", "Phase", "Profile", "ProfileError",
            "ProfileHandle", "Receipt", "RowName", "RunHandle", "Saved", "Session", "StepPlan", "StepReport",
-           "parse_blocks"]
+           "parse_blocks", "triton_package"]

@@ -235,17 +235,9 @@ class Dispatcher:
             return
         self._samples[shape, side] += 1
         self._shapes[shape] = None
-        watch = None
-        try:
-            watch = break_evens.start(shape, side)
-        except Exception as error:
-            self._untimed(break_evens, shape, error)
+        watch = self._start(break_evens, shape, side)
         yield True
-        if watch is not None:
-            try:
-                break_evens.stop(shape, side, rows, watch)
-            except Exception as error:
-                self._untimed(break_evens, shape, error)
+        self._stop(break_evens, shape, side, rows, watch)
 
     @contextmanager
     def sample(self, shape: CallShape | None, rows: int) -> Iterator[bool]:
@@ -253,18 +245,30 @@ class Dispatcher:
         sample, and the last one of its shape."""
         break_evens, watch = self._break_evens, None
         if break_evens is not None and shape is not None and self._samples[shape, DENSE] <= SAMPLES:
-            try:
-                watch = break_evens.start(shape, DENSE)
-            except Exception as error:
-                self._untimed(break_evens, shape, error)
+            watch = self._start(break_evens, shape, DENSE)
         try:
             yield watch is not None
-            if watch is not None:
-                self._samples[shape, DENSE] += 1
-                self._shapes[shape] = None
-                break_evens.stop(shape, DENSE, rows, watch)
         except Exception as error:
             if break_evens is not None and shape is not None:
+                self._untimed(break_evens, shape, error)
+            return
+        if watch is not None:
+            self._samples[shape, DENSE] += 1
+            self._shapes[shape] = None
+            self._stop(break_evens, shape, DENSE, rows, watch)
+
+    def _start(self, break_evens: BreakEvens, shape: CallShape, side: str) -> Stopwatch | None:
+        try:
+            return break_evens.start(shape, side)
+        except Exception as error:
+            self._untimed(break_evens, shape, error)
+            return None
+
+    def _stop(self, break_evens: BreakEvens, shape: CallShape, side: str, rows: int, watch: Stopwatch | None) -> None:
+        if watch is not None:
+            try:
+                break_evens.stop(shape, side, rows, watch)
+            except Exception as error:
                 self._untimed(break_evens, shape, error)
 
     def prefers_previous(self, layer: Hashable, shape: CallShape | None, density: float | None) -> bool:

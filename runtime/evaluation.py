@@ -66,8 +66,9 @@ class Evaluation:
         started = self._clock(call.q.device)
         out, over_video = None, False
         try:
-            ordinal = self._ordinal(call, layer)
-            reason, over_video = self._reason(call, layer)
+            not_video = policy.token_reason(call.seqlen_q, self.latent_tokens, call.heads * call.head_dim)
+            ordinal = self._ordinal(layer) if not_video is None and call.seqlen_q == call.seqlen_k else 0
+            reason, over_video = self._reason(call, layer, not_video)
             if reason is None:
                 out, reason = self._take(call, layer, ordinal, previous if repeatable else None)
         except Exception as error:
@@ -88,23 +89,23 @@ class Evaluation:
         session.statistics.count_left(self.number, reason, dense_tiles, self._clock(device) - started)
         return out
 
-    def _ordinal(self, call: AttentionCall, layer: LayerId | None) -> int:
+    def _ordinal(self, layer: LayerId | None) -> int:
         """Which self-attention over the video's tokens this is in its block. Those that are left count too: one that
         is left in some passes only must not hand its mask to the next one."""
-        if layer is None or call.seqlen_q != call.seqlen_k or policy.token_reason(
-                call.seqlen_q, self.latent_tokens, call.heads * call.head_dim) is not None:
-            return 0
         self._ordinals[str(layer)] += 1
         return self._ordinals[str(layer)] - 1
 
-    def _reason(self, call: AttentionCall, layer: LayerId | None) -> tuple[str | None, bool]:
-        """Why the call is left to the previous attention, and whether it is one over the video's tokens."""
+    def _reason(self, call: AttentionCall, layer: LayerId | None, not_video: str | None) -> tuple[str | None, bool]:
+        """Why the call is left to the previous attention, and whether it is one over the video's tokens.
+
+        Args:
+            not_video: why its tokens may not be the video's, or None.
+        """
         session = self.session
         reason = policy.call_reason(call, session.config.min_tokens)
         if reason is None and layer is None:
             reason = policy.NO_LAYER
-        if reason is None:
-            reason = policy.token_reason(call.seqlen_q, self.latent_tokens, call.heads * call.head_dim)
+        reason = reason or not_video
         if reason is not None:
             return reason, False
         if self.rows is None or len(self.rows) != call.batch:

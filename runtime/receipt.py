@@ -9,6 +9,9 @@ from .advice import EXPECTED
 from .savings import Saved
 from .statistics import bytes_text
 
+NODE_LINE = ";\n"
+"""Between the lines of a text on the node: the frontend's newer nodes show a line break as a space."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -33,12 +36,11 @@ class StepReport:
     saved: Saved | None = None
 
     def text(self) -> str:
-        """Two short lines for the node: it shows hardly three, of 40 characters. The frontend's newer nodes show a line
-        break as a space."""
+        """Two short lines for the node: it shows hardly three, of 40 characters."""
         now = "no attention ran" if self.skipped is None else f"skipped {self.skipped:.0%}"
         saved = f"{self.saved.short_text()}, " if self.saved is not None else ""
         return (f"step {self.step}/{self.total_steps} ({self.phase.removesuffix(' step')}): {now}, "
-                f"run {self.skipped_so_far:.0%};\n{saved}masks {bytes_text(self.state_bytes)}")
+                f"run {self.skipped_so_far:.0%}{NODE_LINE}{saved}masks {bytes_text(self.state_bytes)}")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,10 @@ class Receipt:
     def text(self) -> str:
         """One readable line, for the log."""
         return "; ".join(self.lines())
+
+    def node_text(self) -> str:
+        """The same for the node, line by line."""
+        return NODE_LINE.join(self.lines())
 
     def time_text(self) -> str | None:
         """How long the run took, and would have taken without; None where attention was not timed."""

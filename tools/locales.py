@@ -37,8 +37,7 @@ def node_texts(object_info: dict) -> dict:
     Args:
         object_info: what a server answers to `/object_info`.
     """
-    return {name: _texts(node) for name, node in object_info.items()
-            if name.startswith("LiteAttention")}
+    return {name: _texts(node) for name, node in object_info.items() if name.startswith("LiteAttention")}
 
 
 def _texts(node: dict) -> dict:

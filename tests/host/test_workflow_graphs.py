@@ -147,7 +147,7 @@ def on_the_tiny_model(prompt, **values):
 def test_report_and_compare_run_to_the_end(server, known):
     prompt = on_the_tiny_model(to_prompt(GRAPHS["liteattention_report_and_compare"], known), error_budget=1.0)
     outputs = server.run(prompt, timeout_s=300)
-    kinds = {kind: outputs[key] for key, node in prompt.items() if key in outputs for kind in [node["class_type"]]}
+    kinds = {node["class_type"]: outputs[key] for key, node in prompt.items() if key in outputs}
     for kind in ("LiteAttentionReport", "LiteAttentionCompare"):
         assert server.output_file(kinds[kind]["images"][0]).stat().st_size > 0
     texts = [outputs[key]["text"][0] for key, node in prompt.items() if node["class_type"] == "PreviewAny"]

@@ -100,7 +100,7 @@ def test_every_call_of_a_replay_is_within_the_target_and_tiles_are_skipped(setti
     assert ("turn" in how) <= (5 in restarts)
 
 
-def test_a_call_costs_at_most_three_evaluations_more():
+def test_a_call_costs_at_most_two_evaluations_more():
     for kwargs in ({}, {"turn": 5}, {"rows": SEPARATE}):
         session, _, _ = calibrate(**kwargs)
         assert 0 < session.most_extra <= 2 and session.extra <= 2 * session.calls
