@@ -106,7 +106,7 @@ def run(case: object, steps: int, session: object, metric: str,
 def settings(args: argparse.Namespace) -> object:
     from liteattention.runtime import LiteAttentionConfig
 
-    return LiteAttentionConfig(warmup_steps=WARMUP_STEPS, min_tokens=128, stand_in=args.stand_in)
+    return LiteAttentionConfig(warmup_steps=WARMUP_STEPS, min_tokens=128, pool_skipped=args.pool_skipped)
 
 
 def calibrate(args: argparse.Namespace) -> tuple[object, dict]:

@@ -45,13 +45,13 @@ def measure(arch: str, offline: bool, rounds: int) -> list[dict]:
     """One row per kind of call. q, k, v are packed [B, N, H*D] with B = 2, as ComfyUI hands them over."""
     import torch
 
-    from liteattention.kernels import SkipMask, Workspace, lite_attention, precision, triton_call
+    from liteattention.kernels import SkipMask, Workspace, lite_attention, precision, triton_launch
 
     device = "cpu" if offline else "cuda"
     if offline:
         from offline_gpu import OfflineGPU
 
-        triton_call.architecture = precision.architecture = lambda _: arch
+        triton_launch.architecture = precision.architecture = lambda _: arch
         context = OfflineGPU(arch)
     else:
         context = nullcontext()
@@ -94,7 +94,7 @@ def main() -> int:
         api.choose_backend = lambda device, requested: "triton"  # its self-test would want the GPU
         rows = [row for arch in ARCHITECTURES for row in measure(arch, True, args.rounds)]
     else:
-        from liteattention.kernels.launch import architecture
+        from liteattention.kernels.launch_table import architecture
 
         rows = measure(architecture(torch.device("cuda")), False, args.rounds)
     for row in rows:

@@ -62,7 +62,7 @@ def command(args: argparse.Namespace) -> str:
 
 def chosen(args: argparse.Namespace) -> dict:
     """The node's inputs, or fields of `LiteAttentionConfig`, that choose tiles."""
-    return {name: getattr(args, name) for name in ("threshold", "warmup_steps", "error_budget", "stand_in")}
+    return {name: getattr(args, name) for name in ("threshold", "warmup_steps", "error_budget", "pool_skipped")}
 
 
 def run_comfyui(args: argparse.Namespace, comfy_path: Path) -> tuple[Result, Result]:

@@ -1,9 +1,9 @@
 """Skip-mask attention: tensors in, tensors out. Imports torch only; Triton at the first call that uses it."""
 
 from .api import CRITERIA, DTYPES, HEAD_DIMS, call_tiles, lite_attention, unsupported_call
-from .backends import BACKENDS, BackendChoice, choose_backend, resolve_backend
+from .backend import BACKENDS, BackendChoice, choose_backend, resolve_backend
 from .errors import UnsupportedAttention
-from .launch import break_even_density
+from .launch_table import break_even_density
 from .mask import TILE, MustKeep, Reopened, SkipMask, mask_nbytes, mask_shape, tiles
 from .precision import PRECISIONS, PrecisionChoice, precision_choice
 from .triton_probe import triton_package

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import choose_backend
+from .backend import choose_backend
 from .errors import UnsupportedAttention
 from .mask import TILE, MustKeep, SkipMask, tiles
 from .precision import precision_choice
@@ -71,7 +71,7 @@ def unsupported_call(q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = Non
 def lite_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: SkipMask | Sequence[SkipMask] | None = None, *,
     threshold: float = -math.inf, criterion: str = "max", record: bool = True, skip_now: bool = False,
-    stand_in: bool = False, must_keep: MustKeep | None = None,
+    pool_skipped: bool = False, must_keep: MustKeep | None = None,
     heads: int | None = None, attn_mask: Tensor | None = None, sm_scale: float | None = None,
     return_lse: bool = False, precision: str = "full", backend: str | None = None, workspace: Workspace | None = None,
     computed: Tensor | None = None,
@@ -95,8 +95,8 @@ def lite_attention(
     * With criterion "mass" it stays iff for at least one valid query row its share of the row's sum of exp(scores)
       over the tiles visited so far, itself included, is above 2 ** threshold. The sum only grows, so a dropped tile
       held at most that share of every row's attention, and n dropped tiles at most n * 2 ** threshold.
-    * With `stand_in` a skipped tile of n keys takes part as one key, the mean of its keys, n times, and as the mean of
-      its values, shifted by what the covariance of keys and values inside tiles tells (see `stand_in.py`). While
+    * With `pool_skipped` a skipped tile of n keys takes part as one key, the mean of its keys, n times, and as the mean of
+      its values, shifted by what the covariance of keys and values inside tiles tells (see `pooled.py`). While
       recording, each row's threshold is divided by the share of a tile's attention that is at stake then, the
       variance of the row's scores inside tiles: 1 - exp(-variance), at least 1/64, up to a threshold of 1/2.
     * Tiles under `must_keep` stay. The mask only shrinks until `SkipMask.reset`.
@@ -105,7 +105,7 @@ def lite_attention(
     * NaN and Inf in q, k, v come out as in dense attention over the computed tiles (where a weight has underflowed
       to 0, Inf in v comes out as NaN or not at all, as it does in dense attention of that dtype); a row whose scores
       hold NaN or +Inf votes to keep every tile from there on, and so does one that has met nothing but -Inf.
-    * A query tile without any active tile gives 0 (lse -inf), with `stand_in` what the stand-ins give.
+    * A query tile without any active tile gives 0 (lse -inf), with `pool_skipped` what the stand-ins give.
 
     Args:
         q: [B, H, N_q, D] with any strides (of tokens: below 2^24 elements) and a unit last one, or packed
@@ -119,7 +119,7 @@ def lite_attention(
         record: False reads the mask and leaves it as it is.
         skip_now: while recording, the backend may leave exp and P·V of what this call drops out of this call, too (the
             error is that of the next call). Taken where it is a gain, not under `must_keep`; decisions are the same.
-        stand_in: let each skipped tile be represented by its means and one covariance per head, and not vanish. About
+        pool_skipped: let each skipped tile be represented by its means and one covariance per head, and not vanish. About
             3 % of a call that skips 57 % of its tiles (by operations; not yet measured). With nothing skipped the
             result is that without it, bit for bit. Takes the place of `skip_now`.
         must_keep: token ranges whose tiles stay.
@@ -170,14 +170,14 @@ def lite_attention(
                  head_dim ** -0.5 if sm_scale is None else float(sm_scale), workspace or Workspace(), computed)
     choice = precision_choice(q.device, head_dim, q.dtype, k.shape[2], precision, chosen)
     if chosen == "triton":
-        from .triton_call import triton_attention
+        from .triton_launch import triton_attention
 
         triton_attention(*arguments, mass=criterion == "mass", int8=choice.name == "int8" and not return_lse,
-                         skip_now=skip_now, stand_in=stand_in and rows is not None)
+                         skip_now=skip_now, pool_skipped=pool_skipped and rows is not None)
     else:
         from .torch_attention import torch_attention
 
-        torch_attention(*arguments, mass=criterion == "mass", stand_in=stand_in and rows is not None)
+        torch_attention(*arguments, mass=criterion == "mass", pool_skipped=pool_skipped and rows is not None)
     if recording:
         for m, r in rows:
             m.passes[r] += 1

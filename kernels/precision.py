@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .launch import architecture, is_geforce
+from .launch_table import architecture, is_geforce
 
 PRECISIONS = ("auto", "full", "int8")
 AUTO_INT8_MIN_TOKENS = 12288

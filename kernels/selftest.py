@@ -36,8 +36,8 @@ FORMS = (  # what the last line calls it, dtype, options of the call, options of
     (" by mass", "float16", {"criterion": "mass"}, {"mass": True}, 1e-2),
 )
 STAND_IN_FORMS = (
-    (" with stand-ins", "float16", {"stand_in": True}, {"stand_in": True}, 2e-2),
-    (" with stand-ins by mass", "float16", {"stand_in": True, "criterion": "mass"}, {"stand_in": True, "mass": True},
+    (" with stand-ins", "float16", {"pool_skipped": True}, {"pool_skipped": True}, 2e-2),
+    (" with stand-ins by mass", "float16", {"pool_skipped": True, "criterion": "mass"}, {"pool_skipped": True, "mass": True},
      2e-2),
 )
 
@@ -50,7 +50,7 @@ def check(kernels, device: str, forms: tuple) -> str | None:
         for name, dtype, options, launch, tolerance in forms:
             if dtype == "bfloat16" and device == "cpu":  # Triton's interpreter cannot
                 continue
-            inputs = make_inputs(seqlen, head_dim, options.get("stand_in", False))
+            inputs = make_inputs(seqlen, head_dim, options.get("pool_skipped", False))
             q, k, v = (x.to(getattr(torch, dtype)) for x in inputs)
             mask = kernels.SkipMask.full(1, 1, seqlen)
             outs = [kernels.lite_attention(q, k, v, mask, threshold=-4.0, record=record, backend="torch",
@@ -67,7 +67,7 @@ def check(kernels, device: str, forms: tuple) -> str | None:
     return None
 
 
-def make_inputs(seqlen: int, head_dim: int, stand_in: bool) -> list:
+def make_inputs(seqlen: int, head_dim: int, pool_skipped: bool) -> list:
     """q, k, v [1, 1, seqlen, head_dim], float32, whose key tiles differ in strength: of plain noise no tile is ever
     dropped, and the masks would prove nothing. For stand-ins the dropped tiles weigh something and differ in value."""
     import torch
@@ -75,11 +75,11 @@ def make_inputs(seqlen: int, head_dim: int, stand_in: bool) -> list:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, seqlen, head_dim, generator=generator) for _ in range(3))
     tile = torch.arange(seqlen) // 128
-    if stand_in:
+    if pool_skipped:
         q, k = 0.1 * q, 0.1 * k
         v += torch.tensor([1.0, -2.0, 2.0])[tile, None]
     q[..., 0] += 8
-    k[..., 0] += torch.tensor([16.0, 0.0, 8.0])[tile] * (0.25 if stand_in else 1)
+    k[..., 0] += torch.tensor([16.0, 0.0, 8.0])[tile] * (0.25 if pool_skipped else 1)
     return [q, k, v]
 
 
@@ -87,7 +87,7 @@ def run_triton(kernels, inputs: tuple, device: str, options: dict) -> tuple[list
     """Results of a recording and a reading call in float32, and the mask's words, on the CPU."""
     import torch
     from liteattention_selftest.precision import precision_choice
-    from liteattention_selftest.triton_call import triton_attention
+    from liteattention_selftest.triton_launch import triton_attention
 
     q, k, v = (x.to(device) for x in inputs)
     seqlen, head_dim = q.shape[2:]

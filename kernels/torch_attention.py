@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .mask import TILE, MustKeep, pack_bits, tiles, unpack_words
-from .stand_in import Summary, raised, score_variance, summarize
+from .pooled import Summary, raised, score_variance, summarize
 from .workspace import Workspace
 
 _CPU_CHUNK = 32
@@ -27,7 +27,7 @@ _SCORE_BUDGET = 64 * 2**20
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
                     backwards: list[bool] | None, threshold: float, recording: bool, must_keep: MustKeep | None,
                     sm_scale: float, workspace: Workspace, computed: Tensor | None, mass: bool = False,
-                    stand_in: bool = False) -> None:
+                    pool_skipped: bool = False) -> None:
     """`lite_attention` after its checks; writes `out` and `lse`, and the masks of `rows` while recording.
 
     q, k, v, out: [B, H, N, D] views; scores and softmax in float32 whatever the input dtype. `workspace` is not
@@ -49,7 +49,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
     ]
     keep = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.bool, device=q.device) if recording else None
     # Nothing to stand in for, and no decision to take: a summary would be for nothing.
-    summary = summarize(k, v) if stand_in and (recording or not active.all()) else None
+    summary = summarize(k, v) if pool_skipped and (recording or not active.all()) else None
     stand_ins = None if summary is None else _StandIns(summary, q, sm_scale, threshold * math.log(2))
     for group in _groups(lists, seqlen_q, q.device):
         _attend(q, k, v, out, lse, group, threshold * math.log(2), sm_scale, keep, mass, stand_ins)

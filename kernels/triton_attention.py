@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_stand_in import add_stand_ins, raised_threshold, score_variance
+from .triton_pooled import add_stand_ins, raised_threshold, score_variance
 
 # INT8 scores accumulate onto the bit pattern of 1.5 * 2^23 in float32: read as float32, the int32 sum is
 # 12582912 + dot exactly (|dot| <= 128 * 127^2 < 2^22), so no conversion instruction is needed.
@@ -141,7 +141,7 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
     MASS: the test is on a tile's share of the row's sum so far, and threshold is that share, not its log2.
     BRANCH: while recording, a compute tile that all rows may drop is left out of this very call too.
     DENSE: every tile, in the order of a full list, without list or mask. COST_CLASSES > 0: costly rows first.
-    STAND_IN: skipped tiles are represented, see `stand_in.py`. read_words: int32 [B*H*QT, row_words], the mask as this
+    STAND_IN: skipped tiles are represented, see `pooled.py`. read_words: int32 [B*H*QT, row_words], the mask as this
     call has read it. keys, values: [B*H, KT, D]; moments: [B*H, 2, D, D], C and S, each divided by its largest element,
     which moment_scale holds, float32 [B*H, 2].
     """

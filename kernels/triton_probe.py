@@ -35,12 +35,12 @@ class TritonVerdict:
     """`usable`, and otherwise `reason`: one sentence for the user with what to do.
 
     Attributes:
-        stand_in: whether that holds for stand-ins of skipped tiles, too; if not, `reason` says why.
+        pool_skipped: whether that holds for stand-ins of skipped tiles, too; if not, `reason` says why.
     """
 
     usable: bool
     reason: str = ""
-    stand_in: bool = True
+    pool_skipped: bool = True
 
 
 def triton_verdict(device: torch.device) -> TritonVerdict:
@@ -82,8 +82,8 @@ def cached_verdict(identity: list[str], device: str, cache_dir: Path | None = No
     path = folder / f"triton-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.json"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        verdict = TritonVerdict(held["usable"] is True, str(held["reason"]), held["stand_in"] is True)
-        if (verdict.usable and verdict.stand_in) or time.time() - float(held["time"]) < _REFUSAL_LASTS_S:
+        verdict = TritonVerdict(held["usable"] is True, str(held["reason"]), held["pool_skipped"] is True)
+        if (verdict.usable and verdict.pool_skipped) or time.time() - float(held["time"]) < _REFUSAL_LASTS_S:
             return verdict
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -121,7 +121,7 @@ def run_selftest(device: str) -> TritonVerdict:
 
 def _refusal(reason: str, said: str) -> TritonVerdict:
     """Of everything, or of the stand-ins alone, which the child checks last."""
-    return TritonVerdict(True, reason, stand_in=False) if BASIC in said else TritonVerdict(False, reason)
+    return TritonVerdict(True, reason, pool_skipped=False) if BASIC in said else TritonVerdict(False, reason)
 
 
 def install_hint() -> str:

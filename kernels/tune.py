@@ -65,7 +65,7 @@ def main() -> int:
     if not verdict.usable:
         print(verdict.reason, file=sys.stderr)
         return 1
-    launch = kernels.launch
+    launch = kernels.launch_table
     arch = launch.architecture(torch.device("cuda"))
     kept = {}
     for head_dim in (128, 64):
@@ -95,7 +95,7 @@ def seconds(kernels, config, kind, tokens: int, heads: int, rounds: int = 5) -> 
     import statistics
 
     import torch
-    from liteattention_selftest.triton_call import triton_attention
+    from liteattention_selftest.triton_launch import triton_attention
 
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(1, tokens, heads, kind.head_dim, generator=generator, device="cuda", dtype=kind.dtype)
@@ -110,7 +110,7 @@ def seconds(kernels, config, kind, tokens: int, heads: int, rounds: int = 5) -> 
                          workspace, None, int8=kind.int8, config=config)
         return out
 
-    error = (call(config) - call(kernels.launch.table_config(kind))).abs().max().item()
+    error = (call(config) - call(kernels.launch_table.table_config(kind))).abs().max().item()
     if not error < 2e-2:
         raise ArithmeticError(f"its result differs by {error:.3g}")
     times = []

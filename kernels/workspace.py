@@ -28,7 +28,7 @@ class Workspace:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._tables: dict[tuple, Tensor] = {}
         self.compiled: dict[tuple, object] = {}
-        """Compiled kernels by what they were compiled for, see `triton_call`."""
+        """Compiled kernels by what they were compiled for, see `triton_launch`."""
         self.cost_order_turn: dict[torch.device, int] = {}
         """Which of its two tables of class sizes the next call counts in; the call before has left that one zero."""
 

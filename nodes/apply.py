@@ -85,7 +85,7 @@ class LiteAttention(io.ComfyNode):
                 io.Float.Input(
                     "error_budget", default=0.0, min=0.0, max=BUDGET_MAX, step=0.01, optional=True, advanced=True,
                     tooltip="Above 0 it takes the place of threshold: the largest share of its attention that a token "
-                            "may lose when tiles are chosen; what stand_in is estimated to carry is not lost. 0.02: "
+                            "may lose when tiles are chosen; what pool_skipped is estimated to carry is not lost. 0.02: "
                             "skips what nobody can see. 0.1: careful. 0.3: a good start. 1: bold. It means the same "
                             "for short and long videos, and where much is skipped it stays closer to the dense video "
                             "than a high threshold does. 0: threshold decides."),
@@ -95,7 +95,7 @@ class LiteAttention(io.ComfyNode):
                             "what matters after all comes back; the receipt tells how much did. 10 costs about a "
                             "tenth of what is saved. 0: never."),
                 io.Boolean.Input(
-                    "stand_in", default=True, optional=True, advanced=True,
+                    "pool_skipped", default=True, optional=True, advanced=True,
                     tooltip="A skipped tile is represented by the mean of its keys and values and does not vanish; "
                             "more tiles can be skipped then at the same threshold. Off: skipped tiles count for "
                             "nothing."),
@@ -107,7 +107,7 @@ class LiteAttention(io.ComfyNode):
                 LiteAttentionProfile.Input(
                     "profile", optional=True, advanced=True,
                     tooltip="From LiteAttention Load Profile: thresholds that were measured for each layer and part of "
-                            "the run. Replaces threshold, error_budget, stand_in and refresh_every. Layers that are "
+                            "the run. Replaces threshold, error_budget, pool_skipped and refresh_every. Layers that are "
                             "not in it stay as they were."),
             ],
             outputs=[
@@ -136,10 +136,10 @@ class LiteAttention(io.ComfyNode):
     def execute(cls, model, threshold: float, warmup_steps: int, dense_end_steps: int = 0, dense_blocks: str = "",
                 min_tokens: int = 0, max_state_mb: int = STATE_MB_DEFAULT, log_details: bool = False,
                 precision: str = "auto", never_slower: bool = True, error_budget: float = 0.0, refresh_every: int = 0,
-                stand_in: bool = True, continue_from: RunHandle | None = None,
+                pool_skipped: bool = True, continue_from: RunHandle | None = None,
                 profile: ProfileHandle | None = None) -> io.NodeOutput:
         config = LiteAttentionConfig(threshold, warmup_steps, dense_end_steps, dense_blocks, min_tokens, max_state_mb,
-                                     log_details, precision, never_slower, error_budget, refresh_every, stand_in)
+                                     log_details, precision, never_slower, error_budget, refresh_every, pool_skipped)
         node_id = cls.hidden.unique_id
         handle = RunHandle()
         handle.wanted = bool(continues(cls.hidden.prompt, node_id))

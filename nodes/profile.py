@@ -48,7 +48,7 @@ class LiteAttentionCalibrate(io.ComfyNode):
                     tooltip="What a threshold is compared with. max: a tile's strongest match, as threshold of "
                             "LiteAttention. mass: its share of a token's attention, as error_budget."),
                 io.Boolean.Input(
-                    "stand_in", default=True, advanced=True,
+                    "pool_skipped", default=True, advanced=True,
                     tooltip="Represent skipped tiles by their means, as in LiteAttention. Part of the profile."),
                 io.Int.Input(
                     "warmup_steps", default=1, min=0, max=STEPS_MAX, advanced=True,
@@ -88,11 +88,11 @@ class LiteAttentionCalibrate(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, target_error: float, metric: str, criterion: str = "mass", stand_in: bool = True,
+    def execute(cls, model, target_error: float, metric: str, criterion: str = "mass", pool_skipped: bool = True,
                 warmup_steps: int = 1, dense_blocks: str = "", min_tokens: int = 0,
                 max_state_mb: int = STATE_MB_DEFAULT, precision: str = "auto") -> io.NodeOutput:
         config = LiteAttentionConfig(warmup_steps=warmup_steps, dense_blocks=dense_blocks, min_tokens=min_tokens,
-                                     max_state_mb=max_state_mb, precision=precision, stand_in=stand_in)
+                                     max_state_mb=max_state_mb, precision=precision, pool_skipped=pool_skipped)
         handle = ProfileHandle()
         runs = ProfiledRuns(handle, CalibrationTarget(target_error, metric, criterion))
         return io.NodeOutput(attach(model, config, node_id=cls.hidden.unique_id, profiled=runs), handle)

@@ -163,7 +163,7 @@ class CalibrationSession(Session):
             tuple(step / total for step in steps), tuple(lane.row(steps) for _, _, lane in found),
             tuple(tuple(step in lane.restarts for step in steps) for _, _, lane in found),
             tuple(tuple(min(lane.errors.get(step, 0.0), ERROR_LIMIT) for step in steps) for _, _, lane in found),
-            self.target.criterion, self.stand_in, self.target.error, self.target.metric, total, self.seqlen), ""
+            self.target.criterion, self.pool_skipped, self.target.error, self.target.metric, total, self.seqlen), ""
 
 
 class CalibratingEvaluation(Evaluation):
@@ -211,7 +211,7 @@ class CalibratingEvaluation(Evaluation):
         masks = [mask.clone() for mask in before]
         out = lite_attention(
             call.q, call.k, call.v, masks, heads=call.packed_heads, sm_scale=call.sm_scale, threshold=lane.trial,
-            criterion=session.target.criterion, stand_in=session.stand_in,
+            criterion=session.target.criterion, pool_skipped=session.pool_skipped,
             must_keep=policy.must_keep_tokens(call.seqlen_q, self.latent_tokens), precision=self._precision(call),
             backend=session.backend(key.device), workspace=session.workspace(key.device))
         lane.recorded.update({(key, id(mask)): new for mask, new in zip(carried, masks, strict=True)})

@@ -32,11 +32,11 @@ class LiteAttentionConfig:
         log_details: also log the receipt as JSON and time attention (which synchronises on a GPU).
         precision: "auto", "full" or "int8" (see `precision_choice`).
         never_slower: layers that stay too dense to gain go to the previous attention.
-        error_budget: above 0 it replaces `threshold`: the largest share of its attention (with `stand_in`: of what is
+        error_budget: above 0 it replaces `threshold`: the largest share of its attention (with `pool_skipped`: of what is
             at stake of it) that a token may lose when tiles are chosen, 0..1. Each key tile gets an equal part;
             1 drops tiles that hold less than an even share.
         refresh_every: 0 = never; at each evaluation of a sparse step 1 of so many query tiles is judged anew.
-        stand_in: skipped tiles are represented by their means and do not vanish (see `lite_attention`).
+        pool_skipped: skipped tiles are represented by their means and do not vanish (see `lite_attention`).
 
     Raises:
         ValueError: naming the input, its value and what is allowed.
@@ -53,7 +53,7 @@ class LiteAttentionConfig:
     never_slower: bool = True
     error_budget: float = 0.0
     refresh_every: int = 0
-    stand_in: bool = True
+    pool_skipped: bool = True
 
     def __post_init__(self) -> None:
         problem = threshold_problem(self.threshold)
@@ -67,7 +67,7 @@ class LiteAttentionConfig:
                 raise ValueError(f"{name} is {value!r}; it is a whole number from {low} to {high}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; allowed: {', '.join(PRECISIONS)}.")
-        for name in ("never_slower", "stand_in"):
+        for name in ("never_slower", "pool_skipped"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True, False.")
         budget = self.error_budget

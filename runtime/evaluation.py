@@ -203,13 +203,13 @@ class Evaluation:
             reopened += (mask.reopen(every, mask.passes[0]) for mask in masks if every and mask.passes[0])
             out = None
             while out is None:
-                precision, stand_in = self._precision(call), session.stand_in
+                precision, pool_skipped = self._precision(call), session.pool_skipped
                 try:
                     with session.dispatcher.timed(shape, OURS, call.batch) as timed:
                         out = self._attention(call, key, masks, bool(fresh) and not timed and not reopened, precision,
-                                              stand_in)
+                                              pool_skipped)
                 except Exception as error:
-                    if not (policy.is_out_of_memory(error) and session.do_without(precision, stand_in)):
+                    if not (policy.is_out_of_memory(error) and session.do_without(precision, pool_skipped)):
                         raise
                 # Outside the handler, whose traceback would keep what did fit. A second try is no sample of the time.
                 shape = None
@@ -240,12 +240,12 @@ class Evaluation:
             session.statistics.count_sample(tiles, self._aside)
 
     def _attention(self, call: AttentionCall, key: LayerKey, masks: list[SkipMask], skip_now: bool,
-                   precision: str, stand_in: bool) -> Tensor:
+                   precision: str, pool_skipped: bool) -> Tensor:
         session = self.session
         threshold, criterion = session.skip_test(key, call.seqlen_k)
         return lite_attention(
             call.q, call.k, call.v, masks, heads=call.packed_heads, sm_scale=call.sm_scale,
-            threshold=threshold, criterion=criterion, skip_now=skip_now, stand_in=stand_in,
+            threshold=threshold, criterion=criterion, skip_now=skip_now, pool_skipped=pool_skipped,
             must_keep=policy.must_keep_tokens(call.seqlen_q, self.latent_tokens), precision=precision,
             backend=session.backend(key.device), workspace=session.workspace(key.device),
             computed=session.statistics.counters(key, key.device))

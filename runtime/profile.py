@@ -33,7 +33,7 @@ _SAME = 1e-9
 """Progress of the same step in runs of other lengths differs by rounding."""
 _KEY = "lite_attention_profile"
 _TENSORS = ("progress", "thresholds", "restarts", "achieved_error")
-_FIELDS = {"version": int, "architecture": str, "layers": list, "criterion": str, "stand_in": bool,
+_FIELDS = {"version": int, "architecture": str, "layers": list, "criterion": str, "pool_skipped": bool,
            "target_error": float, "metric": str, "steps": int, "seqlen": int}
 
 
@@ -64,7 +64,7 @@ class Profile:
         thresholds: log2, [layers, K].
         restarts: [layers, K], knots at which a layer's mask starts anew, with every tile active.
         achieved_error: worst error that the calibrating run measured, [layers, K].
-        criterion: the skip test (see `lite_attention`), as is stand_in.
+        criterion: the skip test (see `lite_attention`), as is pool_skipped.
         target_error, metric: what no call was to exceed.
         steps: of the calibrating run.
         seqlen: tokens of its attention calls.
@@ -80,7 +80,7 @@ class Profile:
     restarts: tuple[tuple[bool, ...], ...]
     achieved_error: tuple[tuple[float, ...], ...]
     criterion: str
-    stand_in: bool
+    pool_skipped: bool
     target_error: float
     metric: str
     steps: int
@@ -122,7 +122,7 @@ class Profile:
                 for value in row:
                     check(good(value), field, value, allowed)  # NaN is in no range
         check(self.criterion in CRITERIA, "criterion", self.criterion, ", ".join(CRITERIA))
-        check(isinstance(self.stand_in, bool), "stand_in", self.stand_in, "true, false")
+        check(isinstance(self.pool_skipped, bool), "pool_skipped", self.pool_skipped, "true, false")
         check(self.metric in METRICS, "metric", self.metric, ", ".join(METRICS))
         check(0 < self.target_error <= 1, "target_error", self.target_error, "above 0, up to 1")
         check(whole(self.steps, 1, 10000), "steps", self.steps, "1 to 10000")
@@ -181,7 +181,7 @@ class Profile:
     def describe(self) -> str:
         """One line for people."""
         return (f"profile of {self.architecture}: {len(self.layers)} layers, {self.metric} {self.target_error:g}, "
-                f"criterion {self.criterion}{', stand-ins' if self.stand_in else ''}, made in {self.steps} steps at "
+                f"criterion {self.criterion}{', stand-ins' if self.pool_skipped else ''}, made in {self.steps} steps at "
                 f"{self.seqlen} tokens")
 
     def save(self, path: Path, overwrite: bool = False) -> None:
@@ -191,7 +191,7 @@ class Profile:
             FileExistsError: there is another one, and `overwrite` is off.
         """
         header = {"version": VERSION, "architecture": self.architecture, "criterion": self.criterion,
-                  "layers": [[x.name, x.heads, x.head_dim] for x in self.layers], "stand_in": self.stand_in,
+                  "layers": [[x.name, x.heads, x.head_dim] for x in self.layers], "pool_skipped": self.pool_skipped,
                   "target_error": float(self.target_error), "metric": self.metric, "steps": self.steps,
                   "seqlen": self.seqlen}
         tensors = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in _TENSORS}

@@ -99,7 +99,7 @@ class Session:
         break_evens: what earlier runs with the same previous attention have timed, and where this one adds. None
             does without `never_slower`.
         kept: masks of the run that this one continues.
-        profile: takes the place of the settings that choose tiles (threshold, error_budget, stand_in).
+        profile: takes the place of the settings that choose tiles (threshold, error_budget, pool_skipped).
         free_memory: free bytes of a device, or None where that is not known; masks that would not fit are not made.
         previous: the attention that computes what is left, by name.
         faster_dense: a sentence that names a faster one to put in its place, where there is one.
@@ -200,9 +200,9 @@ class Session:
             if name == "torch" and device.type != "cpu" and not choice.asked:
                 name = None
             reason = choice.reason
-            if name is not None and not choice.stand_in and self.stand_in:
+            if name is not None and not choice.pool_skipped and self.pool_skipped:
                 self._stand_in_failed = True
-                self.note(f"stand_in is off on {device}. {reason}")
+                self.note(f"pool_skipped is off on {device}. {reason}")
         except Exception as error:
             # A wrong environment variable, a driver that answers with an error: no reason to lose a render.
             name, reason = None, str(error)
@@ -223,9 +223,9 @@ class Session:
         return choice.name
 
     @property
-    def stand_in(self) -> bool:
+    def pool_skipped(self) -> bool:
         """Whether calls represent skipped tiles by stand-ins."""
-        return (self.profile or self.config).stand_in and not self._stand_in_failed
+        return (self.profile or self.config).pool_skipped and not self._stand_in_failed
 
     @property
     def progress(self) -> float:
@@ -254,16 +254,16 @@ class Session:
             self._profiled[key] = self.step, since
         return self.profile.at(key.profile_name, self.progress, since, seqlen_k)
 
-    def do_without(self, precision: str, stand_in: bool) -> bool:
+    def do_without(self, precision: str, pool_skipped: bool) -> bool:
         """A call with these ran out of memory: do without the larger of what it adds, INT8 copies before stand-ins, for
         the rest of the run. False if there is nothing to do without."""
         if precision == "int8":
             self._int8_failed = True
             self.note("no memory for the INT8 copies of q and k; precision is full for the rest of this run")
-        elif stand_in:
+        elif pool_skipped:
             self._stand_in_failed = True
-            self.note("no memory for the stand-ins of skipped tiles; stand_in is off for the rest of this run")
-        return precision == "int8" or stand_in
+            self.note("no memory for the stand-ins of skipped tiles; pool_skipped is off for the rest of this run")
+        return precision == "int8" or pool_skipped
 
     def keep_masks(self) -> tuple[KeptMasks | None, str]:
         """(the masks, in main memory, for a run that continues this one, ""), or (None, why not). Never raises."""

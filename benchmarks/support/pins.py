@@ -33,7 +33,7 @@ def limits(variant: Variant, row: dict) -> list[str]:
     found = []
     float32 = variant.dtype == "fp32"
     allowed = FLOAT32_SPILL if float32 else 0
-    if variant.stand_in:
+    if variant.pool_skipped:
         allowed = STAND_IN_SPILL_FLOAT32 if float32 else STAND_IN_SPILL
         if row.get("loop_spill", 0) > STAND_IN_LOOP_SPILL:
             found.append(f"loop_spill is {row['loop_spill']}, at most {STAND_IN_LOOP_SPILL}")
@@ -48,7 +48,7 @@ def limits(variant: Variant, row: dict) -> list[str]:
     if variant.attention and variant.arch in NVIDIA:
         if not row.get("tensor"):
             found.append("there is no loop with tensor instructions")
-        elif not row["copies"] and not (variant.stand_in and float32):  # those load q again in parts, and wait for k, v
+        elif not row["copies"] and not (variant.pool_skipped and float32):  # those load q again in parts, and wait for k, v
             found.append("copies is 0: the main loop waits for every tile of k and v")
     return [f"{variant.name}: {text}" for text in found]
 

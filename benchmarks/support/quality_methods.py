@@ -30,7 +30,7 @@ class Setting:
         kind: "kernel" (`lite_attention`), "simulation", "oracle" or "sol".
         tile: tokens per tile side.
         criterion: "max" or "mass"; of an oracle "mass" or "residual" (see `chosen_by_oracle`).
-        stand_in: skipped tiles are represented by their means.
+        pool_skipped: skipped tiles are represented by their means.
         covariance: and by the covariance of keys and values inside tiles. Simulation only.
         weighted: thresholds are divided by what is at stake. Simulation only.
         refresh: every how many steps a query tile is judged anew; 0 = never.
@@ -45,7 +45,7 @@ class Setting:
     kind: str = "simulation"
     tile: int = 64
     criterion: str = "mass"
-    stand_in: bool = True
+    pool_skipped: bool = True
     covariance: bool = True
     weighted: bool = True
     refresh: int = 0
@@ -226,7 +226,7 @@ def simulate(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, setting: Sett
     kept_next = keep.clone()
     out, dense, dropped = torch.empty_like(q), torch.empty_like(q), q.new_empty(q.shape[:3])
     values = pad_tokens(v, tile)
-    stand = means(k, v, tile) if setting.stand_in else None
+    stand = means(k, v, tile) if setting.pool_skipped else None
     for c in chunks(q, k, tile):
         total = c.mass.sum(-1, keepdim=True)
         mine = keep[c.b, c.h, c.tiles]
@@ -309,7 +309,7 @@ class Method:
             mask.reopen(setting.refresh, step)
         keep = mask.to_bool()
         out = lite_attention(q, k, v, mask, threshold=setting.level, criterion=setting.criterion,
-                             stand_in=setting.stand_in, backend="triton" if q.is_cuda else "torch")
+                             pool_skipped=setting.pool_skipped, backend="triton" if q.is_cuda else "torch")
         return self._outcome(q, k, v, out, keep, measured)
 
     def _sol(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: int, measured: bool) -> Outcome:

@@ -12,7 +12,7 @@ KERNEL = {"kind": "kernel", "tile": 128}
 OURS = Setting("ours, tiles of 64", 0.0, everywhere=True)
 OURS_128 = Setting("ours, tiles of 128", 0.0, everywhere=True, **KERNEL)
 SOL = Setting("Sol-Attn", 0.0, kind="sol", everywhere=True)
-ORACLE = Setting("oracle", 0.0, kind="oracle", stand_in=False)
+ORACLE = Setting("oracle", 0.0, kind="oracle", pool_skipped=False)
 BUDGETS = (0.02, 0.05, 0.1, 0.3, 0.5, 1.0)
 FEW = 8
 """Steps up to which the plan is that of distilled models."""
@@ -31,15 +31,15 @@ def curves() -> list[Setting]:
         *curve(SOL, -2.0, -1.2, -0.4, 0.4, 1.1, 1.8, 2.6),
         *curve(OURS, -8.0, -7.0, -6.0, -5.0, -4.0, -3.25, -2.5, -1.75),
         *curve(OURS_128, -6.0, -4.5, -3.5, -2.5, -1.75),
-        *curve(replace(OURS_128, curve="max test, tiles of 128", criterion="max", stand_in=False),
+        *curve(replace(OURS_128, curve="max test, tiles of 128", criterion="max", pool_skipped=False),
                *THRESHOLDS, **alone),
         *curve(replace(OURS_128, curve="max + stand-in, tiles of 128", criterion="max"), *THRESHOLDS, **alone),
         *curve(replace(OURS, curve="max + stand-in", criterion="max"), -6.0, -3.5, **alone),
         *curve(replace(OURS, curve="no covariance", covariance=False), -6.0, -4.5, **alone),
         *curve(replace(OURS, curve="no weighting", weighted=False), -7.0, -5.5, **alone),
-        *curve(replace(OURS, curve="mass test alone", stand_in=False), -7.0, -5.5, **alone),
-        *curve(replace(ORACLE, curve="oracle + stand-in", stand_in=True), -6.5, -5.0, **alone),
-        *curve(replace(ORACLE, curve="oracle by residual", stand_in=True, criterion="residual"), -6.5, -5.0, **alone),
+        *curve(replace(OURS, curve="mass test alone", pool_skipped=False), -7.0, -5.5, **alone),
+        *curve(replace(ORACLE, curve="oracle + stand-in", pool_skipped=True), -6.5, -5.0, **alone),
+        *curve(replace(ORACLE, curve="oracle by residual", pool_skipped=True, criterion="residual"), -6.5, -5.0, **alone),
         *curve(ORACLE, -7.5, -6.0, **alone),
         *curve(replace(OURS, curve="cubes 1x8x8", cubes=(1, 8, 8)), -6.0, -4.5, **alone),
         *curve(replace(OURS, curve="cubes 2x8x8", cubes=(2, 8, 8)), -6.0, -4.5, **alone),

@@ -37,7 +37,7 @@ class Variant:
         dtype: "bf16", "fp16" or "fp32", of q, k, v.
         ragged: the number of keys is no multiple of 128, so there is a second loop for the last tile.
         ordered: rows by cost, as in calls of less than 16384 tokens.
-        stand_in: skipped tiles are represented.
+        pool_skipped: skipped tiles are represented.
     """
 
     arch: str
@@ -47,7 +47,7 @@ class Variant:
     int8: bool = False
     ragged: bool = True
     ordered: bool = False
-    stand_in: bool = False
+    pool_skipped: bool = False
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Variant:
         if self.attention:
             words += [f"d{self.head_dim}", self.dtype, *(["int8"] if self.int8 else []),
                       "ragged" if self.ragged else "even", *(["ordered"] if self.ordered else []),
-                      *(["stand-in"] if self.stand_in else [])]
+                      *(["stand-in"] if self.pool_skipped else [])]
         return " ".join(words)
 
     @property
@@ -77,7 +77,7 @@ class Variant:
 
 def variants(arch: str) -> list[Variant]:
     """What is checked for one architecture: every form at D = 128, the others where they change the machine code."""
-    from liteattention.kernels.launch import CallKind, table_config
+    from liteattention.kernels.launch_table import CallKind, table_config
 
     found = [Variant(arch, form) for form in ("dense", "read", "record", "mass")]
     if table_config(_kind(CallKind, Variant(arch, "branch"))).branch:
@@ -89,10 +89,10 @@ def variants(arch: str) -> list[Variant]:
     # As `precision_choice` decides; INT8 instructions are legacy on sm_100.
     if arch in NVIDIA and arch != "sm_100":
         found += [Variant(arch, form, int8=True) for form in ("read", "record")]
-        found += [Variant(arch, "mass", int8=True, stand_in=True), Variant(arch, "read", 64, int8=True)]
+        found += [Variant(arch, "mass", int8=True, pool_skipped=True), Variant(arch, "read", 64, int8=True)]
         found += [Variant(arch, "quantize"), Variant(arch, "channel sum")]
-    found += [Variant(arch, form, stand_in=True) for form in ("read", "record", "mass")]
-    found += [Variant(arch, "mass", 96, stand_in=True), Variant(arch, "mass", dtype="fp32", stand_in=True)]
+    found += [Variant(arch, form, pool_skipped=True) for form in ("read", "record", "mass")]
+    found += [Variant(arch, "mass", 96, pool_skipped=True), Variant(arch, "mass", dtype="fp32", pool_skipped=True)]
     return [*found, Variant(arch, "summary"), Variant(arch, "expand"), Variant(arch, "expand record")]
 
 
@@ -107,7 +107,7 @@ def gate_variants() -> list[Variant]:
     for arch in ("sm_89", "sm_90"):
         found += [Variant(arch, "branch"), Variant(arch, "record", 96), Variant(arch, "read", dtype="fp32"),
                   Variant(arch, "read", ragged=False), Variant(arch, "read", ordered=True),
-                  Variant(arch, "read", stand_in=True), Variant(arch, "mass", stand_in=True)]
+                  Variant(arch, "read", pool_skipped=True), Variant(arch, "mass", pool_skipped=True)]
     return [*found, Variant("sm_90", "dense"), Variant("sm_90", "mass"), Variant("sm_90", "record", 64),
             Variant("sm_100", "read", dtype="fp32"), Variant("sm_120", "branch"),
             Variant("sm_89", "quantize"), Variant("sm_89", "expand record")]
@@ -115,12 +115,12 @@ def gate_variants() -> list[Variant]:
 
 def amd_gate_variants() -> list[Variant]:
     """What the tests compile for AMD, whose passes over pointers NVIDIA's compiler does not have. Not pinned."""
-    return [Variant(arch, form, stand_in=form == "mass") for arch in AMD for form in ("record", "mass", "summary")]
+    return [Variant(arch, form, pool_skipped=form == "mass") for arch in AMD for form in ("record", "mass", "summary")]
 
 
 def config_of(variant: Variant):
     """The `LaunchConfig` of the shipped table for this variant; tuned and overridden ones are not looked at."""
-    from liteattention.kernels.launch import CallKind, table_config
+    from liteattention.kernels.launch_table import CallKind, table_config
 
     return table_config(_kind(CallKind, variant))
 
@@ -134,11 +134,11 @@ def compile_variant(variant: Variant, config=None):
     import triton
     from offline_gpu import OfflineGPU
 
-    from liteattention.kernels import triton_attention, triton_expand, triton_quantize, triton_stand_in
+    from liteattention.kernels import triton_attention, triton_int8, triton_pooled, triton_tile_lists
 
-    kernel = {"summary": triton_stand_in.summary_kernel,
-              "quantize": triton_quantize.quantize_kernel, "channel sum": triton_quantize.channel_sum_kernel,
-              "expand": triton_expand.expand_kernel, "expand record": triton_expand.expand_kernel}.get(
+    kernel = {"summary": triton_pooled.summary_kernel,
+              "quantize": triton_int8.quantize_kernel, "channel sum": triton_int8.channel_sum_kernel,
+              "expand": triton_tile_lists.expand_kernel, "expand record": triton_tile_lists.expand_kernel}.get(
                   variant.form, triton_attention.attention_kernel)
     said = _Messages()
     # A cache of its own: what another version of the kernel left in the user's must not stand in for this one.
@@ -146,7 +146,7 @@ def compile_variant(variant: Variant, config=None):
             triton.knobs.cache.scope(), tempfile.TemporaryDirectory() as folder:
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.cache.dir = folder
-        for each in (kernel, triton_expand.expand_kernel, triton_attention.attention_kernel):
+        for each in (kernel, triton_tile_lists.expand_kernel, triton_attention.attention_kernel):
             each.device_caches.clear()
         with contextlib.redirect_stdout(said):
             _call(variant, config or config_of(variant))
@@ -181,28 +181,28 @@ def _kind(call_kind, variant: Variant):
 @contextlib.contextmanager
 def _as_on(arch: str) -> Iterator[None]:
     """The launcher takes its tensors' device for a GPU of this architecture."""
-    from liteattention.kernels import triton_call
+    from liteattention.kernels import triton_launch
 
-    before, triton_call.architecture = triton_call.architecture, lambda device: arch
+    before, triton_launch.architecture = triton_launch.architecture, lambda device: arch
     try:
         yield
     finally:
-        triton_call.architecture = before
+        triton_launch.architecture = before
 
 
 def _call(variant: Variant, config) -> None:
     """One call of the launcher. Nothing is computed, so the tensors' contents are whatever the memory held."""
     import torch
 
-    from liteattention.kernels import SkipMask, Workspace, triton_call
-    from liteattention.kernels.launch import CallKind
+    from liteattention.kernels import SkipMask, Workspace, triton_launch
+    from liteattention.kernels.launch_table import CallKind
 
     kind = _kind(CallKind, variant)
     tokens = (1024 if variant.ordered else _LONG) + (64 if variant.ragged else 0)
     # [B, N, H, D] memory seen as [B, H, N, D], as models hand q, k, v over; two heads, so that no stride is 1.
     q, k, v, out = (torch.empty(1, tokens, 2, variant.head_dim, dtype=kind.dtype).transpose(1, 2) for _ in range(4))
     rows = None if variant.form == "dense" else [(SkipMask.full(1, 2, tokens), 0)]
-    triton_call.triton_attention(
+    triton_launch.triton_attention(
         q, k, v, out, None, rows, None if rows is None else [False], -10.0, kind.recording, None,
         variant.head_dim ** -0.5, Workspace(), None, mass=variant.form == "mass", int8=kind.int8,
-        skip_now=variant.form == "branch", stand_in=variant.stand_in or variant.form == "summary", config=config)
+        skip_now=variant.form == "branch", pool_skipped=variant.pool_skipped or variant.form == "summary", config=config)

@@ -124,6 +124,6 @@ def test_the_command_says_that_it_predicts(model, capsys):
 
 def test_rows_are_sorted_where_the_launcher_sorts_them(model):
     pytest.importorskip("triton", reason="needs Triton")
-    from liteattention.kernels.triton_call import COST_ORDER_MAX_TOKENS
+    from liteattention.kernels.triton_launch import COST_ORDER_MAX_TOKENS
 
     assert model.COST_ORDER_MAX_TOKENS == COST_ORDER_MAX_TOKENS

@@ -14,7 +14,7 @@ from support.sol import BLOCK, sol_attention, sol_routes
 
 from liteattention.demo.pixels import psnr
 from liteattention.kernels import SkipMask, lite_attention
-from liteattention.kernels.stand_in import STAKE_MIN, score_variance, summarize
+from liteattention.kernels.pooled import STAKE_MIN, score_variance, summarize
 
 DENSE = torch.nn.functional.scaled_dot_product_attention
 
@@ -110,7 +110,7 @@ def loop(q, k, v, keep, setting, backwards):
         order = [t for t in order if keep[own, t]]
         s2 = (q[i] @ spread @ q[i]).item() / head_dim
         bar = setting.level * math.log(2)
-        if setting.stand_in and setting.weighted:
+        if setting.pool_skipped and setting.weighted:
             bar = min(bar - math.log(max(1 - math.exp(-s2), 1 / 64)), max(bar, math.log(0.5)))
         met, top = 0.0, -math.inf
         for t in order:
@@ -125,7 +125,7 @@ def loop(q, k, v, keep, setting, backwards):
         weights = scores[i, kept].exp()
         numerator, total = weights @ v[kept], weights.sum()
         dropped[i] = 1 - total / scores[i].exp().sum()
-        if setting.stand_in:
+        if setting.pool_skipped:
             added = 0.0
             for t in (t for t in range(len(spans)) if not keep[own, t]):
                 w = len(spans[t]) * math.exp((q[i] @ kbar[t]).item() * head_dim ** -0.5)
@@ -136,8 +136,8 @@ def loop(q, k, v, keep, setting, backwards):
     return out, dropped, stays
 
 
-@pytest.mark.parametrize("changes", [{}, {"covariance": False}, {"weighted": False}, {"stand_in": False},
-                                     {"criterion": "max", "level": -1.0, "stand_in": False}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"covariance": False}, {"weighted": False}, {"pool_skipped": False},
+                                     {"criterion": "max", "level": -1.0, "pool_skipped": False}], ids=str)
 @pytest.mark.parametrize("backwards", [False, True])
 def test_simulation_against_a_plain_loop(changes, backwards):
     setting = replace(Setting("x", -2.0, tile=16), **changes)
@@ -153,24 +153,24 @@ def test_simulation_against_a_plain_loop(changes, backwards):
     assert got.skipped == pytest.approx(1 - keep.float().mean().item())
 
 
-@pytest.mark.parametrize("stand_in", [False, True])
-def test_nothing_skipped_is_exact_attention(stand_in):
+@pytest.mark.parametrize("pool_skipped", [False, True])
+def test_nothing_skipped_is_exact_attention(pool_skipped):
     q, k, v = inputs()
-    got = simulate(q, k, v, None, Setting("x", -4.0, stand_in=stand_in))
+    got = simulate(q, k, v, None, Setting("x", -4.0, pool_skipped=pool_skipped))
     torch.testing.assert_close(got.out, DENSE(q, k, v), atol=1e-5, rtol=1e-5)
     assert got.skipped == 0 and got.dropped.abs().max() == 0
 
 
 @pytest.mark.parametrize("seqlen", [1024, 1000])
-@pytest.mark.parametrize("criterion, level, stand_in",
+@pytest.mark.parametrize("criterion, level, pool_skipped",
                          [("mass", -3.0, True), ("mass", -4.0, False), ("max", -4.0, False)])
-def test_simulation_at_128_is_the_real_attention(seqlen, criterion, level, stand_in):
-    setting = Setting("x", level, tile=128, criterion=criterion, stand_in=stand_in)
+def test_simulation_at_128_is_the_real_attention(seqlen, criterion, level, pool_skipped):
+    setting = Setting("x", level, tile=128, criterion=criterion, pool_skipped=pool_skipped)
     q, k, v = inputs(seqlen=seqlen, scale=0.7, alike=128)
     mask, keep = SkipMask.full(*q.shape[:3]), None
     for step in range(3):
         before = mask.to_bool()
-        out = lite_attention(q, k, v, mask, threshold=level, criterion=criterion, stand_in=stand_in, backend="torch")
+        out = lite_attention(q, k, v, mask, threshold=level, criterion=criterion, pool_skipped=pool_skipped, backend="torch")
         got = simulate(q, k, v, keep, setting, step % 2 == 1)
         torch.testing.assert_close(got.out, out, atol=2e-5, rtol=2e-5)
         assert got.keep.equal(mask.to_bool()) and got.skipped == pytest.approx(1 - before.float().mean().item())
@@ -191,7 +191,7 @@ def test_measure_gives_exact_attention_and_dropped_mass():
 
 def test_an_oracle_drops_the_smallest_tiles():
     q, k, v = inputs(seqlen=512)
-    got = simulate(q, k, v, None, Setting("x", -3.5, kind="oracle", stand_in=False))
+    got = simulate(q, k, v, None, Setting("x", -3.5, kind="oracle", pool_skipped=False))
     mass = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).unflatten(-1, (8, 64)).sum(-1).unflatten(2, (8, 64)).mean(3)
     share = ((mass > 2 ** -3.5) | torch.eye(8, dtype=torch.bool)).float().mean().item()
     assert got.skipped == pytest.approx(1 - share) and 0 < got.skipped < 1
@@ -259,19 +259,19 @@ def test_sol_routes_are_those_of_the_reference(seqlen, tau):
     assert routes.equal(met) and 0 < routes.float().mean() < 1
 
 
-@pytest.mark.parametrize("stand_in", [False, True])
-def test_no_token_of_a_trained_model_loses_more_than_the_budget(trained, stand_in):
+@pytest.mark.parametrize("pool_skipped", [False, True])
+def test_no_token_of_a_trained_model_loses_more_than_the_budget(trained, pool_skipped):
     """With stand-ins: of what is at stake of its attention."""
     skipped = 0
     for q, k in trained:
         stake = 1.0
-        if stand_in:
+        if pool_skipped:
             variance = score_variance(q * q.shape[-1] ** -0.5, summarize(k, k).spread)
             stake = (1 - (-variance).exp()).clamp(STAKE_MIN, 1).squeeze(-1)
         for budget in (0.05, 0.3):
             mask = SkipMask.full(*q.shape[:3])
             lite_attention(q, k, k, mask, threshold=math.log2(budget / math.ceil(q.shape[2] / 128)), criterion="mass",
-                           stand_in=stand_in, backend="torch")
+                           pool_skipped=pool_skipped, backend="torch")
             dropped = measure(q, k, k, mask.to_bool(), 128)[1]
             assert (dropped * stake).max() <= budget * (1 + 1e-3)
             skipped += 1 - mask.density()

@@ -35,7 +35,7 @@ session_module = sys.modules["liteattention.runtime.session"]
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 SIZE, STEPS, CALLS = (5, 16, 16), 3, 3 * LAYERS
 GOES_ON, STAYS_DENSE, ENDS = "goes on with LiteAttention", "goes on as it was before", "ends with its error"
-TRITON = "liteattention.kernels.triton_call"
+TRITON = "liteattention.kernels.triton_launch"
 
 
 @dataclass
@@ -206,7 +206,7 @@ FAULTS = [
           RuntimeError("Triton Error [CUDA]: an illegal memory access"), (LAYERS + 1,)), tries=LAYERS + 1),
     Fault("kernel launch", "Triton asks for more than the GPU has", STAYS_DENSE, "out of resource: shared memory",
           triton(RuntimeError("out of resource: shared memory, Required: 1, Hardware limit: 0")), tries=1),
-    Fault("kernel launch", "Triton cannot be imported", STAYS_DENSE, "triton_call", triton(None, (), True), tries=0),
+    Fault("kernel launch", "Triton cannot be imported", STAYS_DENSE, "triton_launch", triton(None, (), True), tries=0),
     Fault("counters", "out of memory for them", ENDS, "no attention call",
           method(statistics.Statistics, "counters", OOM), torch.OutOfMemoryError),
     Fault("counters", "a call cannot be counted", STAYS_DENSE, FAILED,

@@ -26,7 +26,7 @@ EXPECTED_INPUTS = {
     "never_slower": ("BOOLEAN", True, {"advanced": True}),
     "error_budget": ("FLOAT", 0.0, {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}),
     "refresh_every": ("INT", 0, {"min": 0, "max": 64, "advanced": True}),
-    "stand_in": ("BOOLEAN", True, {"advanced": True}),
+    "pool_skipped": ("BOOLEAN", True, {"advanced": True}),
     "continue_from": ("LITEATTENTION_RUN", None, {"advanced": True}),
     "profile": ("LITE_ATTENTION_PROFILE", None, {"advanced": True}),
 }
@@ -169,7 +169,7 @@ def test_prompts_in_a_row_are_each_as_if_alone(server, prompt):
 
 
 def test_a_prompt_of_an_older_version_still_runs(server, prompt):
-    for name in ("error_budget", "refresh_every", "stand_in"):
+    for name in ("error_budget", "refresh_every", "pool_skipped"):
         del prompt["3"]["inputs"][name]
     latent(server, prompt, seed=23)
 

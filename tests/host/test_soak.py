@@ -83,7 +83,7 @@ def random_prompt(pick):
             "dense_blocks": pick.choice(["", "", "0", "-1, 1"]), "min_tokens": 64, "max_state_mb": 512,
             "log_details": pick.random() < 0.2, "precision": pick.choice(["auto", "full", "int8"]),
             "never_slower": pick.random() < 0.5, "error_budget": pick.choice([0.0, 0.0, 0.3]),
-            "refresh_every": pick.choice([0, 0, 1, 3]), "stand_in": pick.random() < 0.7}}
+            "refresh_every": pick.choice([0, 0, 1, 3]), "pool_skipped": pick.random() < 0.7}}
 
     steps, sampler, cfg = pick.choice([1, 2, 2, 3]), pick.choice(["euler"] * 4 + ["heun"]), pick.choice([1.0, 1.0, 2.0])
     common = {"steps": steps, "cfg": cfg, "sampler_name": sampler, "scheduler": "simple",

@@ -69,7 +69,7 @@ def variance(q, k):
     return ((q @ inside_tiles(k, k)) * q).sum(1)
 
 
-def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=None, mass=False, stand_in=False):
+def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=None, mass=False, pool_skipped=False):
     """Everything from the docstring of `lite_attention`, one recording pass. q, k, v: [B, H, N, D], any float dtype.
 
     active: bool [B, H, QT, KT]. backwards: bool, or one per batch row. must: bool [QT, KT]. What NaN and Inf in
@@ -90,7 +90,7 @@ def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=N
                 rows = slice(qt * TILE, min(n_q, qt * TILE + TILE))
                 visited = order(active[b, h, qt].tolist(), qt, back, n_k)
                 limits = torch.full((rows.stop - rows.start,), float(threshold), dtype=torch.float64)
-                if stand_in:
+                if pool_skipped:
                     scaled = q[b, h, rows] * scale
                     out[b, h, rows], lse[b, h, rows] = with_stand_ins(scaled, k[b, h], v[b, h], active[b, h, qt], scale)
                     stake = (1 - torch.exp(-variance(scaled, k[b, h]))).clamp(1 / 64, 1)
@@ -114,7 +114,7 @@ def attention(q, k, v, active, threshold, backwards=False, sm_scale=None, must=N
                     keep[b, h, qt, t] = bool((spoiled | (above > 0)).any())
                     margin[b, h, qt, t] = math.inf if spoiled.any() else above.max().abs()
                     reference = torch.maximum(reference, top)
-                if stand_in:
+                if pool_skipped:
                     continue
                 columns = torch.cat([torch.arange(t * TILE, min(n_k, t * TILE + TILE)) for t in sorted(visited)])
                 seen = scores[:, columns] * scale

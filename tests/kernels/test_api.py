@@ -190,10 +190,10 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
 
 
 def test_without_triton_a_gpu_gets_torch_and_the_reason(monkeypatch):
-    from liteattention.kernels import backends
+    from liteattention.kernels import backend
     from liteattention.kernels.triton_probe import TritonVerdict
 
-    monkeypatch.setattr(backends, "triton_verdict", lambda device: TritonVerdict(False, "no Triton here"))
+    monkeypatch.setattr(backend, "triton_verdict", lambda device: TritonVerdict(False, "no Triton here"))
     choice = resolve_backend(torch.device("cuda"))
     assert (choice.name, choice.asked, choice.reason) == ("torch", False, "no Triton here")
 
@@ -202,14 +202,14 @@ def test_without_triton_a_gpu_gets_torch_and_the_reason(monkeypatch):
 def test_the_named_backend_is_the_one_that_runs(monkeypatch, device, by_argument):
     """Argument and environment reach the call itself; a failure there is not covered up by the other backend."""
     pytest.importorskip("triton", reason="Triton is not installed on this system")
-    from liteattention.kernels import torch_attention, triton_call
+    from liteattention.kernels import torch_attention, triton_launch
 
     def fail(*args, **options):
         raise RuntimeError("no launch today")
 
     name = {} if by_argument else {"backend": None}
     inputs = [x.to(device) for x in qkv()]
-    for chosen, module in (("triton", triton_call), ("torch", torch_attention)):
+    for chosen, module in (("triton", triton_launch), ("torch", torch_attention)):
         with monkeypatch.context() as patch:
             if by_argument:
                 name = {"backend": chosen}

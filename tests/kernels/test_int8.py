@@ -34,7 +34,7 @@ def dequantised(q, k, v, v_fp16):
 
 
 def run(inputs, mask, device, config=None, backwards=False, threshold=-4.0, skip_now=False):
-    from liteattention.kernels.triton_call import triton_attention
+    from liteattention.kernels.triton_launch import triton_attention
 
     inputs = [x.to(device) for x in inputs]
     out = torch.empty_like(inputs[0])
@@ -45,7 +45,7 @@ def run(inputs, mask, device, config=None, backwards=False, threshold=-4.0, skip
 
 
 def configs():
-    from liteattention.kernels.launch import LaunchConfig
+    from liteattention.kernels.launch_table import LaunchConfig
 
     return {"float16 P·V": LaunchConfig(pv_fp16=True), "rec1": LaunchConfig(record=1),
             "128x128 descriptors": LaunchConfig(BLOCK_N=128, record=1, tma=True)}

@@ -5,8 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from liteattention.kernels import DTYPES, HEAD_DIMS, TILE, break_even_density, launch, tune
-from liteattention.kernels.launch import CallKind, LaunchConfig, architecture, launch_config, store_tuned, table_config
+from liteattention.kernels import DTYPES, HEAD_DIMS, TILE, break_even_density, launch_table, tune
+from liteattention.kernels.launch_table import (
+    CallKind,
+    LaunchConfig,
+    architecture,
+    launch_config,
+    store_tuned,
+    table_config,
+)
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "cpu"]
 KIND = CallKind("sm_89", 128, torch.bfloat16, True, False)
@@ -16,10 +23,10 @@ KIND = CallKind("sm_89", 128, torch.bfloat16, True, False)
 def fresh(monkeypatch, tmp_path):
     """No override, no tuned file of whoever runs the tests, and nothing remembered."""
     monkeypatch.setenv("LITEATTENTION_CACHE", str(tmp_path))
-    monkeypatch.delenv(launch.LAUNCH_ENV, raising=False)
-    launch._launch_config.cache_clear()
+    monkeypatch.delenv(launch_table.LAUNCH_ENV, raising=False)
+    launch_table._launch_config.cache_clear()
     yield
-    launch._launch_config.cache_clear()
+    launch_table._launch_config.cache_clear()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -49,21 +56,21 @@ def test_architectures_are_named():
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_75"])
 def test_break_even_is_a_share(monkeypatch, arch):
-    monkeypatch.setattr(launch, "architecture", lambda device: arch)
+    monkeypatch.setattr(launch_table, "architecture", lambda device: arch)
     assert 0 < break_even_density(torch.device("cuda"), 128, torch.bfloat16) <= 1
 
 
 def test_the_environment_changes_what_it_names(monkeypatch):
-    monkeypatch.setenv(launch.LAUNCH_ENV, "BLOCK_N=32, num_stages=3,branch=0")
+    monkeypatch.setenv(launch_table.LAUNCH_ENV, "BLOCK_N=32, num_stages=3,branch=0")
     assert launch_config(KIND) == dataclasses.replace(table_config(KIND), BLOCK_N=32, num_stages=3, branch=False)
-    monkeypatch.delenv(launch.LAUNCH_ENV)
+    monkeypatch.delenv(launch_table.LAUNCH_ENV)
     assert launch_config(KIND) == table_config(KIND)
 
 
 @pytest.mark.parametrize("text, says", [("BLOCK_K=3", "BLOCK_K=3.*allowed.*BLOCK_M, BLOCK_N"), ("BLOCK_N", "'BLOCK_N'"),
                                         ("num_warps=four", "num_warps=four"), ("BLOCK_N=96", "divide 128")])
 def test_a_wrong_environment_is_named(monkeypatch, text, says):
-    monkeypatch.setenv(launch.LAUNCH_ENV, text)
+    monkeypatch.setenv(launch_table.LAUNCH_ENV, text)
     with pytest.raises(ValueError, match=says):
         launch_config(KIND)
 
@@ -74,7 +81,7 @@ def test_tuned_configurations_are_kept_used_and_merged(tmp_path, monkeypatch):
     store_tuned({other.key: LaunchConfig(num_warps=4)})
     assert launch_config(KIND) == mine and launch_config(other).num_warps == 4
     assert launch_config(dataclasses.replace(KIND, recording=False)) == table_config(KIND), "other kinds: the table"
-    monkeypatch.setenv(launch.LAUNCH_ENV, "num_stages=1")
+    monkeypatch.setenv(launch_table.LAUNCH_ENV, "num_stages=1")
     assert launch_config(KIND) == dataclasses.replace(mine, num_stages=1), "the environment has the last word"
 
 

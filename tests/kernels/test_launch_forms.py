@@ -13,7 +13,7 @@ SHAPES = [(512, 512), (300, 300), (100, 700), (640, 200), (1, 1), (129, 128), (3
 
 
 def launch(inputs, mask, device, threshold=-4.0, workspace=None, must_keep=None, backwards=False, **options):
-    from liteattention.kernels.triton_call import triton_attention
+    from liteattention.kernels.triton_launch import triton_attention
 
     inputs = [x.to(device) for x in inputs]
     out = torch.empty_like(inputs[0])
@@ -25,7 +25,7 @@ def launch(inputs, mask, device, threshold=-4.0, workspace=None, must_keep=None,
 
 
 def default(device, **changes):
-    from liteattention.kernels.launch import CallKind, architecture, launch_config
+    from liteattention.kernels.launch_table import CallKind, architecture, launch_config
 
     config = launch_config(CallKind(architecture(torch.device(device)), 64, torch.float16, True))
     return dataclasses.replace(config, **changes)
@@ -53,10 +53,10 @@ def test_descriptors_load_what_pointers_load(device, n_q, n_k):
 
 def test_what_descriptors_cannot_take_is_loaded_by_pointers(device, monkeypatch):
     """Unaligned addresses and strides, broadcast heads: same results, no descriptor made."""
-    from liteattention.kernels import triton_call
+    from liteattention.kernels import triton_launch
 
     made = []
-    monkeypatch.setattr(triton_call, "_descriptor", lambda *args: made.append(args))
+    monkeypatch.setattr(triton_launch, "_descriptor", lambda *args: made.append(args))
     odd = torch.randn(1, 300, 2 * 64 + 4, generator=torch.Generator().manual_seed(0)).half()
     for x in (odd[..., 4:].unflatten(-1, (2, 64)).transpose(1, 2),             # rows of 132 elements: 264 bytes
               torch.randn(1, 300, 2 * 64 + 8).half()[..., 4:-4].unflatten(-1, (2, 64)).transpose(1, 2),  # 8-byte start
@@ -72,12 +72,12 @@ def test_what_descriptors_cannot_take_is_loaded_by_pointers(device, monkeypatch)
 @pytest.mark.parametrize("n_q, n_k", [(512, 512), (1300, 700)])
 def test_the_order_of_rows_changes_nothing(device, monkeypatch, n_q, n_k):
     """Costly rows first or not: same bits, same masks; and a shared workspace stays right from call to call."""
-    from liteattention.kernels import triton_call
+    from liteattention.kernels import triton_launch
 
     shared = Workspace()
     results = {}
     for limit in (10**9, 0):
-        monkeypatch.setattr(triton_call, "COST_ORDER_MAX_TOKENS", limit)
+        monkeypatch.setattr(triton_launch, "COST_ORDER_MAX_TOKENS", limit)
         outs = []
         for call, heads in enumerate((2, 1, 3, 2)):
             mask = SkipMask.from_bool(oracle.holes(1, heads, n_q, n_k, 0.25 * (call + 1), call), n_q, n_k).to(device)
@@ -89,10 +89,10 @@ def test_the_order_of_rows_changes_nothing(device, monkeypatch, n_q, n_k):
 
 @pytest.mark.parametrize("n_q, n_k, density", [(1300, 2560, 0.5), (700, 5000, 0.2), (600, 600, 1.0)])
 def test_rows_start_by_cost_each_once(device, monkeypatch, n_q, n_k, density):
-    from liteattention.kernels import triton_call
+    from liteattention.kernels import triton_launch
 
     seen = []
-    classes = triton_call.COST_CLASSES
+    classes = triton_launch.COST_CLASSES
 
     class Attention:
         __name__ = "attention_kernel"
@@ -100,7 +100,7 @@ def test_rows_start_by_cost_each_once(device, monkeypatch, n_q, n_k, density):
         def __getitem__(self, grid):
             return lambda *args, **options: seen.append(args)
 
-    monkeypatch.setattr(triton_call, "attention_kernel", Attention())
+    monkeypatch.setattr(triton_launch, "attention_kernel", Attention())
     workspace = Workspace()
     for seed in range(3):
         mask = SkipMask.from_bool(oracle.holes(1, 2, n_q, n_k, density, seed), n_q, n_k).to(device)

@@ -44,8 +44,8 @@ def test_decisions_are_those_of_the_oracle(backend, device, n_q, n_k, d, dtype, 
 def test_the_compute_tile_does_not_change_a_decision(device, block_n, record):
     """The sum over the parts of a mask tile decides, not a part: 300 keys leave a last tile of one part and a bit."""
     pytest.importorskip("triton", reason="Triton is not installed on this system")
-    from liteattention.kernels.launch import LaunchConfig
-    from liteattention.kernels.triton_call import triton_attention
+    from liteattention.kernels.launch_table import LaunchConfig
+    from liteattention.kernels.triton_launch import triton_attention
 
     inputs = [x.to(device) for x in oracle.make(1, 2, 300, 610, 64, torch.float16)]
     start = oracle.holes(1, 2, 300, 610, 0.8)

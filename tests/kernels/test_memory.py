@@ -16,7 +16,7 @@ F16 = torch.float16
 def attend(backend, inputs, out, mask):
     """One recording call that writes to `out`, below `lite_attention` (which allocates its output itself)."""
     if backend == "triton":
-        from liteattention.kernels.triton_call import triton_attention as run
+        from liteattention.kernels.triton_launch import triton_attention as run
     else:
         run = torch_attention
     rows = [(mask, r) for r in range(mask.batch)]

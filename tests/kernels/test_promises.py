@@ -198,14 +198,14 @@ class Broken:
 @pytest.mark.parametrize("kernel", ["expand_kernel", "attention_kernel"])
 def test_a_failed_launch_resets_the_masks_it_had_opened(device, monkeypatch, kernel):
     pytest.importorskip("triton", reason="Triton is not installed on this system")
-    from liteattention.kernels import triton_call
+    from liteattention.kernels import triton_launch
 
     inputs, place = setup("triton", device, batch=2, heads=1)
     masks = [SkipMask.full(1, 1, 400, device=place) for _ in range(2)]
     lite_attention(*inputs, masks, threshold=-4.0, backend="triton")
     words = [m.words.clone() for m in masks]
     assert all(m.density() < 1 for m in masks)
-    monkeypatch.setattr(triton_call, kernel, Broken())
+    monkeypatch.setattr(triton_launch, kernel, Broken())
     computed = torch.zeros(1, dtype=torch.int64, device=place)
     with pytest.raises(RuntimeError, match="launch failed"):
         lite_attention(*inputs, masks, threshold=-4.0, record=False, backend="triton", computed=computed)
@@ -227,8 +227,8 @@ BLOCKS = [(128, 128, 1), (128, 64, 3), (128, 32, 1), (64, 64, 3), (64, 128, 3), 
 def test_masks_do_not_depend_on_the_compute_tile(device, n_q, n_k, dtype, threshold, blocks):
     """BLOCK_M, BLOCK_N and the recording form change the launch, not one decision."""
     pytest.importorskip("triton", reason="Triton is not installed on this system")
-    from liteattention.kernels.launch import LaunchConfig
-    from liteattention.kernels.triton_call import triton_attention
+    from liteattention.kernels.launch_table import LaunchConfig
+    from liteattention.kernels.triton_launch import triton_attention
 
     inputs = [x.to(device) for x in oracle.make(1, 1, n_q, n_k, 64, dtype)]
     start = SkipMask.from_bool(oracle.holes(1, 1, n_q, n_k, 0.8), n_q, n_k).to(device)

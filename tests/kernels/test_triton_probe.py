@@ -77,10 +77,10 @@ def test_how_a_child_can_end(monkeypatch):
     # What has passed before the stand-ins failed, or the process died of them, can be used.
     passed = f"{BASIC}\n"
     cases += [(ended(-6, passed), TritonVerdict(True, "the Triton self-test on this GPU ended with signal 6: " + BASIC,
-                                                stand_in=False)),
+                                                pool_skipped=False)),
               (ended(1, passed, "result differs by 3 at head_dim 64 with stand-ins\n"),
                TritonVerdict(True, "the Triton self-test on this GPU ended with exit code 1: result differs by 3 at "
-                                   "head_dim 64 with stand-ins", stand_in=False))]
+                                   "head_dim 64 with stand-ins", pool_skipped=False))]
     for run, verdict in cases:
         monkeypatch.setattr(subprocess, "run", run)
         assert run_selftest("cuda:0") == verdict
@@ -96,7 +96,7 @@ def test_how_a_child_can_end(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", hangs_late)
     verdict = run_selftest("cuda:0")
-    assert verdict.usable and not verdict.stand_in and "did not finish" in verdict.reason
+    assert verdict.usable and not verdict.pool_skipped and "did not finish" in verdict.reason
     monkeypatch.setattr(subprocess, "run", too_slow)
     assert "did not finish in 300 s" in run_selftest("cuda:0").reason
     monkeypatch.setattr(subprocess, "run", cannot_start)
@@ -111,7 +111,7 @@ def test_the_real_self_test_passes(device):
 @pytest.mark.parametrize("file, right, wrong, verdict", [
     ("triton_attention.py", "alpha = tl.math.exp2(m_i - m_safe)", "alpha = tl.math.exp2(m_i - m_safe) * 0.5",
      (False, True)),
-    ("triton_stand_in.py", STAND_IN_LINE, f"{STAND_IN_LINE} * 2", (True, False)),
+    ("triton_pooled.py", STAND_IN_LINE, f"{STAND_IN_LINE} * 2", (True, False)),
 ])
 def test_the_real_self_test_notices_a_wrong_kernel(tmp_path, monkeypatch, device, file, right, wrong, verdict):
     """The child with one number of a kernel changed does not pass; where only stand-ins are wrong, the rest does."""
@@ -124,10 +124,10 @@ def test_the_real_self_test_notices_a_wrong_kernel(tmp_path, monkeypatch, device
         (tmp_path / source.name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(triton_probe, "_CHILD", tmp_path / "selftest.py")
     found = run_selftest(str(device))
-    assert (found.usable, found.stand_in) == verdict and "differs" in found.reason
+    assert (found.usable, found.pool_skipped) == verdict and "differs" in found.reason
 
 
-@pytest.mark.parametrize("verdict, asked", [(TritonVerdict(True, "bad", stand_in=False), 2), (YES, 1)])
+@pytest.mark.parametrize("verdict, asked", [(TritonVerdict(True, "bad", pool_skipped=False), 2), (YES, 1)])
 def test_stand_ins_that_failed_are_tried_again_a_day_later(tmp_path, monkeypatch, verdict, asked):
     child = Child(verdict, YES)
     assert cached_verdict(IDENTITY, "cuda:0", tmp_path, child) == verdict

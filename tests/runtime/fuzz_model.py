@@ -47,7 +47,7 @@ class Run:
 
     def __init__(self, settings, total, kept, break_even):
         self.settings, self.total, self.kept, self.break_even = settings, total, kept, break_even
-        self.step, self.failed, self.stand_in = 0, False, settings["stand_in"]
+        self.step, self.failed, self.pool_skipped = 0, False, settings["pool_skipped"]
         self.limit, self.free = math.inf, None
         self.asked, self.forecast = {}, {}
         self.layers, self.dropped, self.starved = {}, set(), set()
@@ -184,8 +184,8 @@ class Run:
             for qt in turn:
                 row.words[qt] = (1 << len(row.words)) - 1
         entering = [(tuple(row.words), row.passes) for row in rows]
-        if plan[:1] == ["oom"] and self.stand_in:
-            self.stand_in = False
+        if plan[:1] == ["oom"] and self.pool_skipped:
+            self.pool_skipped = False
             plan = plan[1:]
         fault = plan[0] if plan else "unsupported" if len(set(map(id, rows))) < len(rows) else None
         if fault == "unsupported":

@@ -63,8 +63,8 @@ def play(session, steps=STEPS, turn=None, rows=(("negative", "positive"),), eval
     return errors, previous.calls
 
 
-def calibrate(target=0.02, metric="relative L2", criterion="mass", stand_in=True, **kwargs):
-    session = CalibrationSession(LiteAttentionConfig(stand_in=stand_in, **SETTINGS), STEPS,
+def calibrate(target=0.02, metric="relative L2", criterion="mass", pool_skipped=True, **kwargs):
+    session = CalibrationSession(LiteAttentionConfig(pool_skipped=pool_skipped, **SETTINGS), STEPS,
                                  target=CalibrationTarget(target, metric, criterion))
     errors, _ = play(session, metric=metric, **kwargs)
     profile, problem = session.calibrated("TinyWan")
@@ -83,7 +83,7 @@ SEPARATE = (("negative",), ("positive",))
 
 @pytest.mark.parametrize("settings, how", [
     ({}, {}), ({}, {"rows": SEPARATE}), ({}, {"evaluations": 2}), ({}, {"turn": 5}), ({"criterion": "max"}, {}),
-    ({"criterion": "max"}, {"turn": 5}), ({"stand_in": False}, {"turn": 5, "rows": SEPARATE}),
+    ({"criterion": "max"}, {"turn": 5}), ({"pool_skipped": False}, {"turn": 5, "rows": SEPARATE}),
     ({"metric": "relative L1", "target": 0.03}, {}), ({"metric": "cosine", "target": 2e-4}, {})], ids=str)
 def test_every_call_of_a_replay_is_within_the_target_and_tiles_are_skipped(settings, how):
     session, profile, during = calibrate(**settings, **how)

@@ -62,12 +62,12 @@ class Player:
             raise torch.OutOfMemoryError("mask")
         return self.full(*args, **kwargs)
 
-    def attention(self, q, k, v, masks, *, threshold, must_keep, stand_in, computed, skip_now, backend, **kwargs):
+    def attention(self, q, k, v, masks, *, threshold, must_keep, pool_skipped, computed, skip_now, backend, **kwargs):
         self.seen = [(tuple(mask.words.flatten().tolist()), mask.passes[0]) for mask in masks]
         assert backend == "torch" and threshold == -4.0 and kwargs["criterion"] == "max"
         assert (must_keep is None) == (q.shape[1] == self.latent)
         assert not skip_now or any(passes == 0 for _, passes in self.seen), "only a first recording may skip at once"
-        self.tried_with = stand_in
+        self.tried_with = pool_skipped
         faults = [fault for fault in self.plan if fault != "alloc"]
         if faults:
             self.plan.remove(faults[0])
@@ -86,7 +86,7 @@ class Player:
         """A run on both sides, one that continues the last where both agree that it can."""
         pick = self.random
         settings = {"warmup_steps": pick.choice([0, 1, 1, 2, 3]), "dense_end_steps": pick.choice([0, 0, 0, 1, 2]),
-                    "refresh_every": pick.choice([0, 0, 1, 2, 3]), "stand_in": pick.random() < 0.8}
+                    "refresh_every": pick.choice([0, 0, 1, 2, 3]), "pool_skipped": pick.random() < 0.8}
         blocks = pick.choice(["", "", *DENSE_BLOCKS])
         total = pick.choice([1, 2, 3, 4, 5, 8, 9, 12, 13])
         break_even = pick.choice([None, 0.4, 0.6, 0.8])
@@ -126,8 +126,8 @@ class Player:
             out = "raised"
         now = {name: n - left.get(name, 0) for name, n in self.run.statistics.left.items() if n != left.get(name, 0)}
         assert (out, now) == {"raised": ("raised", {}), None: ("ours", {})}.get(reason, ("theirs", {reason: 1}))
-        assert (self.seen or []) == entering and (not entering or self.tried_with == self.model.stand_in)
-        assert self.run.failed == self.model.failed and self.run.stand_in == self.model.stand_in
+        assert (self.seen or []) == entering and (not entering or self.tried_with == self.model.pool_skipped)
+        assert self.run.failed == self.model.failed and self.run.pool_skipped == self.model.pool_skipped
         return out != "raised"
 
     def forward(self, latent, shapes):

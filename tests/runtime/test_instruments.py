@@ -50,15 +50,15 @@ def test_without_a_budget_the_threshold_decides(seen):
 
 @pytest.mark.parametrize("on", [True, False])
 def test_stand_in_reaches_every_call(seen, on):
-    play(session(total=6, stand_in=on), 3)
-    assert len(seen) == 6 and {call["stand_in"] for call in seen} == {on}
+    play(session(total=6, pool_skipped=on), 3)
+    assert len(seen) == 6 and {call["pool_skipped"] for call in seen} == {on}
 
 
 def out_of_memory(monkeypatch, needs):
     attention, tries = evaluation.lite_attention, []
 
     def failing(*args, **kwargs):
-        tries.append((kwargs["precision"], kwargs["stand_in"]))
+        tries.append((kwargs["precision"], kwargs["pool_skipped"]))
         if needs(kwargs):
             raise torch.OutOfMemoryError("summaries")
         return attention(*args, **kwargs)
@@ -68,18 +68,18 @@ def out_of_memory(monkeypatch, needs):
 
 
 def test_no_memory_for_stand_ins_does_without_them_and_says_so_once(monkeypatch):
-    tries = out_of_memory(monkeypatch, lambda kwargs: kwargs["stand_in"])
+    tries = out_of_memory(monkeypatch, lambda kwargs: kwargs["pool_skipped"])
     run, previous = session(total=6), Previous()
     play(run, 3, previous=previous)
     assert tries == [("full", True)] + [("full", False)] * 6 and previous.calls == 0
     receipt = run.close()
-    assert receipt.taken == 6 and len(receipt.notes) == 1 and "stand_in is off" in receipt.notes[0]
+    assert receipt.taken == 6 and len(receipt.notes) == 1 and "pool_skipped is off" in receipt.notes[0]
 
 
 def test_two_devices_that_run_out_of_memory_at_once_give_up_one_thing():
     run = session(total=6)
-    assert run.do_without("int8", True) and run.do_without("int8", True) and run.stand_in
-    assert run.do_without("full", True) and not run.stand_in and not run.do_without("full", False)
+    assert run.do_without("int8", True) and run.do_without("int8", True) and run.pool_skipped
+    assert run.do_without("full", True) and not run.pool_skipped and not run.do_without("full", False)
 
 
 def test_refresh_gives_every_query_tile_its_turn(seen):

@@ -408,7 +408,7 @@ def test_no_memory_in_full_precision_either_is_the_hosts_business(monkeypatch, i
     run.end_step(0)
     with pytest.raises(torch.OutOfMemoryError):
         forward(run, 1)
-    assert [(kwargs["precision"], kwargs["stand_in"]) for kwargs in seen] == [
+    assert [(kwargs["precision"], kwargs["pool_skipped"]) for kwargs in seen] == [
         ("int8", True), ("full", True), ("full", False), ("full", False)]
     assert not run.masks.all_masks()
 

@@ -24,7 +24,7 @@ def file_of(header=None, tensors=None, metadata=None):
     """A safetensors file as `save` writes it, with other contents."""
     content = {name: torch.tensor(getattr(GOOD, name), dtype=torch.float64)
                for name in ("progress", "thresholds", "restarts", "achieved_error")}
-    fields_ = {"version": 1, "architecture": "WAN21", "criterion": "mass", "stand_in": True, "target_error": 0.02,
+    fields_ = {"version": 1, "architecture": "WAN21", "criterion": "mass", "pool_skipped": True, "target_error": 0.02,
                "metric": "relative L2", "steps": 4, "seqlen": 2304,
                "layers": [["block 0", 12, 128], ["block 1 #2", 12, 128]]}
     fields_.update(header or {})
@@ -78,7 +78,7 @@ WRONG = [
     ("restarts", ((False, 0.5, False, True), (False,) * 4)), ("restarts", ((False,) * 4,)),
     ("achieved_error", ((0.0, -0.1, 0.0, 0.0), GOOD.achieved_error[1])), ("achieved_error", ((0.0,), (0.0,))),
     ("achieved_error", ((0.0, float("inf"), 0.0, 0.0), GOOD.achieved_error[1])), ("criterion", "min"),
-    ("stand_in", 1), ("target_error", 0.0), ("target_error", 1.5), ("target_error", float("nan")), ("metric", "L3"),
+    ("pool_skipped", 1), ("target_error", 0.0), ("target_error", 1.5), ("target_error", float("nan")), ("metric", "L3"),
     ("steps", 0), ("steps", True), ("steps", 2.0), ("seqlen", 0), ("seqlen", 2**40),
 ]
 

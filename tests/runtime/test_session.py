@@ -130,14 +130,14 @@ def test_several_attentions_of_one_block_have_masks_of_their_own():
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_stand_ins_that_fail_on_a_gpu_are_done_without(monkeypatch, wanted):
-    choice = BackendChoice("torch", True, "the self-test ended with signal 6", stand_in=False)
+    choice = BackendChoice("torch", True, "the self-test ended with signal 6", pool_skipped=False)
     monkeypatch.setattr(session_module, "resolve_backend", lambda device: choice)
-    run, plain = session(total=4, stand_in=wanted), session(total=4, stand_in=False)
+    run, plain = session(total=4, pool_skipped=wanted), session(total=4, pool_skipped=False)
     for step in range(3):
         assert all(map(torch.equal, forward(run, step), forward(plain, step)))
         run.end_step(step)
         plain.end_step(step)
-    assert run.close().notes == wanted * ["stand_in is off on cpu. the self-test ended with signal 6"]
+    assert run.close().notes == wanted * ["pool_skipped is off on cpu. the self-test ended with signal 6"]
 
 
 def test_an_attention_that_is_left_in_one_pass_does_not_hand_its_mask_to_the_next_one():

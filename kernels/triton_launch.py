@@ -13,14 +13,14 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import CallKind, LaunchConfig, architecture, launch_config
+from .launch_table import CallKind, LaunchConfig, architecture, launch_config
 from .mask import MAX_KEY_TILES, TILE, WORD_BITS, MustKeep, tiles
+from .pooled import RAISED_MAX, STAKE_MIN
 from .precision import INT8_GUARD
-from .stand_in import RAISED_MAX, STAKE_MIN
 from .triton_attention import attention_kernel
-from .triton_expand import expand_kernel
-from .triton_quantize import MEAN_CHUNK, channel_sum_kernel, quantize_kernel
-from .triton_stand_in import summary_kernel
+from .triton_int8 import MEAN_CHUNK, channel_sum_kernel, quantize_kernel
+from .triton_pooled import summary_kernel
+from .triton_tile_lists import expand_kernel
 from .workspace import Workspace
 
 _LOG2E = 1.0 / math.log(2.0)
@@ -75,7 +75,7 @@ SUMMARY_CHUNKS = 8
 def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
                      backwards: list[bool] | None, threshold: float, recording: bool, must_keep: MustKeep | None,
                      sm_scale: float, workspace: Workspace, computed: Tensor | None, *,
-                     mass: bool = False, int8: bool = False, skip_now: bool = False, stand_in: bool = False,
+                     mass: bool = False, int8: bool = False, skip_now: bool = False, pool_skipped: bool = False,
                      config: LaunchConfig | None = None) -> None:
     """`lite_attention` after its checks: one launch without a mask, two with one, two more for INT8, one and a few
     small ones of torch for stand-ins; no host synchronisation. INT8 allocates its copies of q, k, v per call: kept
@@ -100,7 +100,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     precision = "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         scales = out, out, out
-        stand_ins = _summarize(k, v, precision, sizes, workspace) if stand_in else None
+        stand_ins = _summarize(k, v, precision, sizes, workspace) if pool_skipped else None
         if int8:
             threshold -= INT8_GUARD
             q, k, v, key_mean, *scales = _int8_copies(q, k, v, config.pv_fp16, workspace)
@@ -110,13 +110,13 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
         counted = None
         try:
             if rows is not None:
-                lists = _expand(rows, backwards, recording, must_keep, workspace, computed, sizes, device, stand_in)
+                lists = _expand(rows, backwards, recording, must_keep, workspace, computed, sizes, device, pool_skipped)
                 counted = computed
             elif computed is not None:
                 computed.view(-1)[:1].add_(sizes.n_rows * k_tiles)
             # The kernel does not know which tiles must stay: with such ranges every tile is computed. What this call
             # itself drops has no stand-in yet.
-            branch = recording and skip_now and must_keep is None and config.branch and not mass and not stand_in
+            branch = recording and skip_now and must_keep is None and config.branch and not mass and not pool_skipped
             _attend(q, k, v, out, lse, scales, lists, stand_ins, sizes, workspace, config,
                     (sm_scale * _LOG2E, 2.0 ** threshold if mass else threshold),
                     (rows is None, config.record if recording else 0, recording and mass, branch, int8), precision)
@@ -131,7 +131,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
 
 
 def _expand(rows: list, backwards: list[bool], recording: bool, must_keep: MustKeep | None, workspace: Workspace,
-            computed: Tensor | None, sizes: _Sizes, device: torch.device, stand_in: bool) -> _TileLists:
+            computed: Tensor | None, sizes: _Sizes, device: torch.device, pool_skipped: bool) -> _TileLists:
     """First launch: mask bits to tile lists."""
     table = workspace.row_table(
         tuple([(m.words[r].data_ptr(), int(b)) for (m, r), b in zip(rows, backwards, strict=True)]), device)
@@ -140,7 +140,7 @@ def _expand(rows: list, backwards: list[bool], recording: bool, must_keep: MustK
     lists = workspace.buffer("list", sizes.n_rows * sizes.list_stride, torch.int16, device)
     counts = order = workspace.buffer("count", sizes.n_rows, torch.int32, device)
     read_words = counts
-    if stand_in:
+    if pool_skipped:
         read_words = workspace.buffer("words", sizes.n_rows * sizes.row_words, torch.int32, device)
     turn = cost_classes = 0
     if sizes.seqlen_q < COST_ORDER_MAX_TOKENS:
@@ -153,7 +153,7 @@ def _expand(rows: list, backwards: list[bool], recording: bool, must_keep: MustK
             (sizes.heads, sizes.n_rows, sizes.q_tiles, sizes.k_tiles, sizes.row_words, sizes.list_stride,
              0 if computed is None else computed.numel(), turn),
             (must is not table, sizes.seqlen_k % TILE != 0, recording, computed is not None, cost_classes,
-             stand_in, 8 if sizes.row_words <= 8 else 32), 4, 2)
+             pool_skipped, 8 if sizes.row_words <= 8 else 32), 4, 2)
     if cost_classes:
         workspace.cost_order_turn[device] = 1 - turn
     return _TileLists(table, lists, counts, order, turn, cost_classes, read_words)

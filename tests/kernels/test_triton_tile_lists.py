@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this system")
 @pytest.fixture
 def expand(monkeypatch, device):
     """Runs `triton_attention` with its second launch left out; gives each query tile's list of key tiles."""
-    from liteattention.kernels import triton_call
+    from liteattention.kernels import triton_launch
 
     def run(masks, n_q, n_k, heads=1, recording=False, must_keep=None):
         seen = []
@@ -24,13 +24,13 @@ def expand(monkeypatch, device):
             def __getitem__(self, grid):
                 return lambda *args, **constants: seen.append(args)
 
-        monkeypatch.setattr(triton_call, "attention_kernel", Attention())
+        monkeypatch.setattr(triton_launch, "attention_kernel", Attention())
         batch = len(masks)
         q, k = (torch.zeros(1, 1, 1, 64, dtype=torch.float16, device=device).expand(batch, heads, n, 64)
                 for n in (n_q, n_k))
         rows = [(m, 0) for m in masks]
         backwards = [bool(m.passes[0] & 1) for m in masks]
-        triton_call.triton_attention(q, k, k, torch.empty_like(q), None, rows, backwards, -4.0, recording,
+        triton_launch.triton_attention(q, k, k, torch.empty_like(q), None, rows, backwards, -4.0, recording,
                                      must_keep, 0.125, Workspace(), None)
         (*_, lists, counts, _), = [args[:12] for args in seen]
         n_rows = batch * heads * -(-n_q // TILE)

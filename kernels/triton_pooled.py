@@ -1,4 +1,4 @@
-"""What stands in for skipped tiles, on a GPU: the summary of k and v, and how a row takes it in. See `stand_in.py`."""
+"""What stands in for skipped tiles, on a GPU: the summary of k and v, and how a row takes it in. See `pooled.py`."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def score_variance(q_rows, spread_ptr, spread_scale, BLOCK_M: tl.constexpr, D: t
 
 @triton.jit
 def raised_threshold(threshold, variance, MASS: tl.constexpr, STAKE_MIN: tl.constexpr, RAISED_MAX: tl.constexpr):
-    """`raised` of `stand_in.py`; log2, or with MASS the share itself."""
+    """`raised` of `pooled.py`; log2, or with MASS the share itself."""
     stake = 1.0 - tl.math.exp2(variance * -1.4426950408889634)
     stake = tl.where(stake < STAKE_MIN, STAKE_MIN, stake)  # NaN stays
     if MASS:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from liteattention.kernels import SkipMask, Workspace, lite_attention, tiles
-from liteattention.kernels.stand_in import summarize
+from liteattention.kernels.pooled import summarize
 
 MARGIN = 5e-3
 SHAPES = [(512, 512, 64, torch.float16), (300, 300, 128, torch.float16), (130, 700, 64, torch.float32),
@@ -32,7 +32,7 @@ def run(backend, device, inputs, start, threshold=-math.inf, criterion="max", **
     place = device if backend == "triton" else "cpu"
     mask = SkipMask.from_bool(start, inputs[0].shape[2], inputs[1].shape[2]).to(place)
     out = lite_attention(*(x.to(place) for x in inputs), mask, threshold=threshold, criterion=criterion,
-                         backend=backend, stand_in=True, **options)
+                         backend=backend, pool_skipped=True, **options)
     bits = mask.to_bool().cpu()
     return (tuple(x.cpu() for x in out) if isinstance(out, tuple) else out.cpu()), bits
 
@@ -42,7 +42,7 @@ def test_results_are_those_of_the_oracle(backend, device, n_q, n_k, d, dtype):
     inputs = smooth(n_q, n_k, d, dtype)
     start = oracle.holes(2, 2, n_q, n_k, 0.5)
     start[0, 0, 0] = False  # a query tile that only stand-ins serve
-    expected = oracle.attention(*inputs, start, -math.inf, stand_in=True)
+    expected = oracle.attention(*inputs, start, -math.inf, pool_skipped=True)
     (out, lse), _ = run(backend, device, inputs, start, record=False, return_lse=True)
     assert (out.double() - expected.out).abs().max() < (1e-2 if dtype == torch.float16 else 1e-4)
     assert (lse.double() - expected.lse).abs().max() < 5e-3
@@ -59,7 +59,7 @@ def test_decisions_weigh_what_is_at_stake(backend, device, n_q, n_k, d, dtype, c
     strength[..., 0] = oracle.strengths(n_k)
     inputs = [x.to(dtype) for x in (q, 0.3 * (k - strength) + strength, v)]
     start = oracle.holes(2, 2, n_q, n_k, 0.8)
-    expected = oracle.attention(*inputs, start, threshold, stand_in=True, mass=criterion == "mass")
+    expected = oracle.attention(*inputs, start, threshold, pool_skipped=True, mass=criterion == "mass")
     out, got = run(backend, device, inputs, start, threshold, criterion)
     clear = expected.margin > MARGIN
     assert torch.equal(got[clear], expected.keep[clear])
@@ -76,8 +76,8 @@ def test_nothing_skipped_changes_no_bit(backend, device):
         moved = [x.to(place) for x in inputs]
         full = SkipMask.full(2, 2, 300, 650, device=place)
         plain = lite_attention(*moved, full, backend=backend, record=False)
-        assert torch.equal(lite_attention(*moved, full, backend=backend, record=False, stand_in=True), plain)
-        assert torch.equal(lite_attention(*moved, backend=backend, stand_in=True), plain)
+        assert torch.equal(lite_attention(*moved, full, backend=backend, record=False, pool_skipped=True), plain)
+        assert torch.equal(lite_attention(*moved, backend=backend, pool_skipped=True), plain)
 
 
 def test_it_is_nearer_to_dense_attention_than_leaving_out(backend, device):
@@ -123,7 +123,7 @@ def test_int8(device, n, d):
     inputs = smooth(n, n, d, torch.float16)
     inputs[1] += 3 * torch.randn(d, generator=torch.Generator().manual_seed(3)).half()  # a mean that INT8 takes off
     start = oracle.holes(2, 2, n, n, 0.5)
-    expected = oracle.attention(*inputs, start, -math.inf, stand_in=True)
+    expected = oracle.attention(*inputs, start, -math.inf, pool_skipped=True)
     out, _ = run("triton", device, inputs, start, record=False, precision="int8")
     assert (out.double() - expected.out).norm() < 0.02 * expected.out.norm()
 
@@ -133,7 +133,7 @@ def test_float16_holds_any_covariance(backend, device, factor_k, factor_v):
     q, k, v = smooth(256, 640, 64, torch.float32)
     inputs = [q.half() / factor_k, (k * factor_k).half(), (v / v.abs().max() * factor_v).half()]
     start = oracle.holes(2, 2, 256, 640, 0.5)
-    expected = oracle.attention(*inputs, start, -math.inf, stand_in=True)
+    expected = oracle.attention(*inputs, start, -math.inf, pool_skipped=True)
     out, _ = run(backend, device, inputs, start, record=False)
     assert (out.double() - expected.out).norm() < 0.01 * expected.out.norm()
 
@@ -178,7 +178,7 @@ def test_layouts(backend, device):
     assert torch.equal(got, expected)
     place = device if backend == "triton" else "cpu"
     packed = lite_attention(*(x.transpose(1, 2).flatten(2).to(place) for x in (q, k, v)),
-                            SkipMask.from_bool(start, 512, 512).to(place), record=False, heads=2, stand_in=True,
+                            SkipMask.from_bool(start, 512, 512).to(place), record=False, heads=2, pool_skipped=True,
                             backend=backend)
     assert torch.equal(packed.cpu().unflatten(-1, (2, 64)).transpose(1, 2), expected)
 
@@ -198,7 +198,7 @@ def test_steady_calls_keep_their_scratch(device):
     mask, workspace = SkipMask.full(2, 2, 300, 650, device=device), Workspace()
     sizes = []
     for _ in range(3):
-        lite_attention(*inputs, mask, threshold=-4.0, criterion="mass", stand_in=True, backend="triton",
+        lite_attention(*inputs, mask, threshold=-4.0, criterion="mass", pool_skipped=True, backend="triton",
                        workspace=workspace)
         sizes.append(workspace.nbytes)
     assert sizes[1] == sizes[2]
