@@ -109,8 +109,15 @@ class LiteAttention(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, dense_blocks: str | None = None) -> bool | str:
-        """Errors that belong on the node before anything runs; linked values are not known yet and arrive as None."""
+    def validate_inputs(cls, dense_blocks: str | None = None, *, rule: dict | None = None) -> bool | str:
+        """Errors that belong on the node before anything runs; linked values are not known yet and arrive as None.
+
+        Args:
+            rule: None where its name is unknown; the server has checked the number in it. By keyword alone, because the
+                server shows what this function says at each of its positional arguments.
+        """
+        if rule is None:
+            return f"rule: choose {BUDGET_RULE} or {THRESHOLD_RULE}."
         try:
             parse_blocks(dense_blocks or "")
         except ValueError as error:
