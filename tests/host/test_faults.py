@@ -13,16 +13,16 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from host_kit import LAYERS
+from host_kit import LAYERS, dense_calls
 
 from liteattention.kernels import BackendChoice, SkipMask, api
 from liteattention.runtime import (
     BreakEvens,
     Evaluation,
     KeptMasks,
-    Receipt,
     RunHandle,
-    Session,
+    RunSummary,
+    SamplingRun,
     dispatch,
     evaluation,
     policy,
@@ -31,7 +31,7 @@ from liteattention.runtime import (
 from liteattention.runtime.state import MaskTable
 
 attach = sys.modules["liteattention.host.attach"]
-session_module = sys.modules["liteattention.runtime.session"]
+session_module = sys.modules["liteattention.runtime.run"]
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 SIZE, STEPS, CALLS = (5, 16, 16), 3, 3 * LAYERS
 GOES_ON, STAYS_DENSE, ENDS = "goes on with LiteAttention", "goes on as it was before", "ends with its error"
@@ -45,7 +45,7 @@ class Fault:
     Attributes:
         break_it: (patch, host) -> None puts the fault there.
         error: what the run raises.
-        said: a part of the receipt or, after `in_log`, of the log.
+        said: a part of the summary or, after `in_log`, of the log.
         tries: how often the broken thing may be called, where that is told.
     """
 
@@ -225,9 +225,9 @@ FAULTS = [
     Fault("end of the run", "the graph cannot be read", GOES_ON, "masks are not kept",
           method(attach.prompt, "continues", BUG)),
     Fault("end of the run", "the account cannot be made", GOES_ON, "the account of the run is lost",
-          method(Session, "_account", BUG), in_log=True),
+          method(SamplingRun, "_account", BUG), in_log=True),
     Fault("end of the run", "the account cannot be shown", GOES_ON, "the account of the run is lost",
-          method(Receipt, "text", BUG), in_log=True),
+          method(RunSummary, "text", BUG), in_log=True),
 ]
 
 
@@ -263,7 +263,7 @@ def sample(kit, model, **kwargs):
 def ours():
     """Objects of a run that are alive."""
     gc.collect()
-    return [x for x in gc.get_objects() if isinstance(x, (SkipMask, Session, Evaluation, MaskTable))]
+    return [x for x in gc.get_objects() if isinstance(x, (SkipMask, SamplingRun, Evaluation, MaskTable))]
 
 
 @pytest.fixture(scope="module")
@@ -305,16 +305,16 @@ def test_a_fault_and_the_prompt_after_it(kit, clean, fault, caplog, record_prope
             with pytest.raises(fault.error):
                 sample(kit, host.model, callback=host.callback)
             out = None
-    said = caplog.text if fault.in_log else host.handle.receipt.text()
+    said = caplog.text if fault.in_log else host.handle.summary.text()
     assert fault.said in said
-    assert all(caplog.text.count(note) <= 2 for note in (host.handle.receipt.notes if host.handle.receipt else [])), \
-        "once as a warning, once in the receipt"
+    assert all(caplog.text.count(note) <= 2 for note in (host.handle.summary.notes if host.handle.summary else [])), \
+        "once as a warning, once in the summary"
     if fault.tries is not None:
         assert host.broken.calls == fault.tries, "what has failed is not tried again at every call"
     if fault.then == STAYS_DENSE:
         assert torch.isfinite(out).all()
-        taken = host.handle.receipt.taken
-        assert torch.equal(out, dense) if not taken else host.handle.receipt.left[FAILED] == CALLS - taken
+        taken = host.handle.summary.sparse_calls
+        assert torch.equal(out, dense) if not taken else dense_calls(host.handle.summary)[FAILED] == CALLS - taken
     elif fault.then == GOES_ON and "stand-ins" not in fault.what:
         assert torch.equal(out, alone)
 

@@ -115,9 +115,9 @@ def test_the_demo_runs_to_the_end(server, known):
     outputs = server.run(to_prompt(GRAPHS[DEMO], known), timeout_s=300)
     pictures = [entry for output in outputs.values() for entry in output.get("images", ())]
     assert len(pictures) == 3 and all(server.output_file(entry).stat().st_size > 0 for entry in pictures)
-    receipt = server.receipts()[-1]
-    assert receipt["taken"] > 0 and receipt["skipped"] > 0.1
-    assert set(receipt["left"]) <= {"cross-attention", "warm-up step"}, "as the note in the graph says"
+    summary = server.summaries()[-1]
+    assert summary["taken"] > 0 and summary["skipped"] > 0.1
+    assert set(summary["left"]) <= {"cross-attention", "warm-up step"}, "as the note in the graph says"
 
 
 def on_the_tiny_model(prompt, **values):
@@ -169,9 +169,9 @@ def test_calibration_runs_to_the_end_and_its_profile_is_used(server, known):
     outputs = server.run(on_the_tiny_model(to_prompt(second, known), log_details=True, **names), timeout_s=300)
     video = next(entry for output in outputs.values() for entry in output.get("images", ()))
     assert server.output_file(video).stat().st_size > 0
-    receipt = server.receipts()[-1]
-    assert receipt["rule"].startswith("profile") and receipt["taken"] > 0
-    assert set(receipt["left"]) <= {"cross-attention", "warm-up step"}
+    summary = server.summaries()[-1]
+    assert summary["rule"].startswith("profile") and summary["taken"] > 0
+    assert set(summary["left"]) <= {"cross-attention", "warm-up step"}
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_a_run_in_the_frontend_shows_text_report_and_comparison(server, browser)
             node["widgets_values"][4] = 128  # min_tokens
     found = browser.execute_async_script(LOAD_AND_CONVERT, json.dumps(graph), "small demo")
     assert "error" not in found
-    before, texts = len(server.receipts()), []
+    before, texts = len(server.summaries()), []
     browser.execute_script("""
         const button = document.querySelector('[data-testid=queue-button]');  // not in every frontend
         if (button) button.click(); else app.queuePrompt(0);""")
@@ -239,7 +239,7 @@ def test_a_run_in_the_frontend_shows_text_report_and_comparison(server, browser)
             return node.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? ''""")
         if text and text not in texts:
             texts.append(text)
-    assert any(text.startswith("step ") for text in texts) and len(server.receipts()) == before + 1
+    assert any(text.startswith("step ") for text in texts) and len(server.summaries()) == before + 1
     shown = """
         return ['LiteAttentionReport', 'LiteAttentionCompare'].map(type => {
           const node = app.graph.nodes.find(node => node.type === type);
