@@ -16,11 +16,12 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
-from companion_kit import ORDERS, SMALL, STEPS, check_left_and_dense, in_order, node, plain, rows_of
-from host_kit import LAYERS
+from host_kit import LAYERS, dense_calls
+from interop_kit import ORDERS, SMALL, STEPS, check_dense_runs, in_order, node, plain, rows_of
 from safetensors.torch import load_file
 
-from liteattention.runtime import RunHandle, policy
+from liteattention.runtime import RunHandle
+from liteattention.runtime.reasons import SPARSE_ON_TOP
 
 OVERRIDE = "optimized_attention_override"
 COMPILER = os.environ.get("LITEATTENTION_TEST_COMPILER", "aot_eager")
@@ -33,7 +34,7 @@ def pytorch_backend(model):
     return node("comfy_extras.nodes_model_advanced", "ModelAttentionBackend")().patch(model, "pytorch attention")[0]
 
 
-def test_model_attention_backend_before_serves_what_is_left(kit, monkeypatch):
+def test_model_attention_backend_before_computes_the_dense_calls(kit, monkeypatch):
     served = []
     original = core_attention.get_attention_function("pytorch")
 
@@ -42,22 +43,23 @@ def test_model_attention_backend_before_serves_what_is_left(kit, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setitem(core_attention.REGISTERED_ATTENTION_FUNCTIONS, "pytorch", counted)
-    check_left_and_dense(kit, "companion first", pytorch_backend)
+    check_dense_runs(kit, "other node first", pytorch_backend)
     handle, seen = RunHandle(), len(served)
-    kit.sample(in_order(kit, "companion first", pytorch_backend, handle), STEPS, size=SMALL)
-    assert handle.receipt.taken == CALLS == len(served) - seen and handle.receipt.left == {"cross-attention": CALLS}
+    kit.sample(in_order(kit, "other node first", pytorch_backend, handle), STEPS, size=SMALL)
+    assert handle.summary.sparse_calls == CALLS == len(served) - seen
+    assert dense_calls(handle.summary) == {"cross-attention": CALLS}
 
 
-def test_model_attention_backend_after_takes_everything_and_the_receipt_says_so(kit):
+def test_model_attention_backend_after_replaces_the_attention_and_the_summary_says_so(kit):
     handle = RunHandle()
-    out = kit.sample(in_order(kit, "companion last", pytorch_backend, handle), STEPS, size=SMALL)
+    out = kit.sample(in_order(kit, "other node last", pytorch_backend, handle), STEPS, size=SMALL)
     assert torch.equal(out, kit.sample(pytorch_backend(kit.model), STEPS, size=SMALL))
-    assert handle.receipt.taken == 0 and "put LiteAttention last" in handle.receipt.text()
+    assert handle.summary.sparse_calls == 0 and "put LiteAttention last" in handle.summary.text()
 
 
-def sparse_stand_in(entered):
+def like_core_sparse(entered):
     """Acts on a model as core's node does: an override in front of what it finds, put in front again whenever another
-    one is there; it leaves every call, as the node does on a CPU."""
+    one is there; every call is dense, as with the node on a CPU."""
     if "model_options" not in inspect.signature(ModelPatcher.prepare_state).parameters:
         pytest.skip("this ComfyUI hands no options to ON_PREPARE_STATE, so it cannot have such a node")
 
@@ -94,9 +96,9 @@ def core_sparse(entered):
                                                             min_tokens=0).args[0]
 
 
-@pytest.fixture(params=[sparse_stand_in, core_sparse], ids=lambda make: make.__name__)
+@pytest.fixture(params=[like_core_sparse, core_sparse], ids=lambda make: make.__name__)
 def sparse(request):
-    """(model -> model with Model Sparse Attention, a list that gets an entry per call of the stand-in)."""
+    """(model -> model with Model Sparse Attention, a list that gets an entry per call of `like_core_sparse`)."""
     entered = []
     return request.param(entered), entered
 
@@ -116,8 +118,8 @@ def test_model_sparse_attention_before_is_refused(kit, sparse):
 
 
 @pytest.mark.parametrize("between", [lambda model: model, overwritten], ids=["alone", "a patch in between"])
-def test_model_sparse_attention_after_is_yielded_to(kit, sessions, sparse, between):
-    """It is on top at every evaluation, whatever comes between; two that do so would wrap each other without end."""
+def test_model_sparse_attention_after_has_the_attention(kit, runs, sparse, between):
+    """It is on top at every evaluation, whatever comes between; two such nodes would wrap each other without end."""
     add_sparse, entered = sparse
     handle = RunHandle()
     model = add_sparse(between(kit.lite(handle=handle)))
@@ -125,17 +127,18 @@ def test_model_sparse_attention_after_is_yielded_to(kit, sessions, sparse, betwe
         entered.clear()
         assert torch.equal(kit.sample(model, STEPS, size=SMALL), plain(kit))
         assert len(entered) in (0, 2 * CALLS), "the chain does not grow from step to step, nor from run to run"
-        assert handle.receipt.taken == 0 and not sessions[-1].passes
-    text = handle.receipt.text()
+        assert handle.summary.sparse_calls == 0 and not runs[-1].passes
+    text = handle.summary.text()
     if between is overwritten:
-        assert "put LiteAttention last" in text
+        assert "put LiteAttention last" in text and "Model Sparse Attention, applied after this node" in text
+        assert "Remove one of the two nodes" in text
     else:
-        assert handle.receipt.left == {"cross-attention": CALLS, "Model Sparse Attention has the attention": CALLS}
-    assert "Model Sparse Attention, applied after this node" in text and "Remove one of the two nodes" in text
+        assert dense_calls(handle.summary) == {reason: CALLS for reason in ("cross-attention", SPARSE_ON_TOP.text)}
+        assert SPARSE_ON_TOP.text in text and "remove Model Sparse Attention or LiteAttention" in text
 
 
 def kjnodes_module(monkeypatch, name):
-    """A module of KJNodes, from $KJNODES_PATH or ComfyUI's custom_nodes, with a Sage of our own."""
+    """A module of KJNodes, from $KJNODES_PATH or ComfyUI's custom_nodes, with a Sage that the tests bring."""
     found = [Path(os.environ["KJNODES_PATH"])] if "KJNODES_PATH" in os.environ else [
         path for folder in folder_paths.get_folder_paths("custom_nodes") for path in Path(folder).glob("*[kK][jJ]*")]
     files = [path / "nodes" / f"{name}.py" for path in found if (path / "nodes" / f"{name}.py").is_file()]
@@ -188,26 +191,26 @@ def sage_patch(request, monkeypatch):
     return request.param(monkeypatch, calls), calls
 
 
-def test_a_sage_patch_before_gets_what_is_left(kit, sage_patch):
+def test_a_sage_patch_before_computes_the_dense_calls(kit, sage_patch):
     patch, calls = sage_patch
     handle = RunHandle()
-    check_left_and_dense(kit, "companion first", patch, tolerance=0.02)
+    check_dense_runs(kit, "other node first", patch, tolerance=0.02)
     calls.clear()
-    kit.sample(in_order(kit, "companion first", patch, handle), STEPS, size=SMALL)
-    assert calls == [False] * CALLS == [False] * handle.receipt.left["cross-attention"]
-    assert handle.receipt.taken == CALLS and handle.receipt.skipped > 0
+    kit.sample(in_order(kit, "other node first", patch, handle), STEPS, size=SMALL)
+    assert calls == [False] * CALLS == [False] * dense_calls(handle.summary)["cross-attention"]
+    assert handle.summary.sparse_calls == CALLS and handle.summary.skipped > 0
 
 
-def test_a_sage_patch_after_takes_everything_and_the_receipt_says_so(kit, sage_patch):
+def test_a_sage_patch_after_replaces_the_attention_and_the_summary_says_so(kit, sage_patch):
     patch, calls = sage_patch
     handle = RunHandle()
-    out = kit.sample(in_order(kit, "companion last", patch, handle), STEPS, size=SMALL)
-    assert len(calls) == 2 * CALLS and "put LiteAttention last" in handle.receipt.text()
+    out = kit.sample(in_order(kit, "other node last", patch, handle), STEPS, size=SMALL)
+    assert len(calls) == 2 * CALLS and "put LiteAttention last" in handle.summary.text()
     assert torch.equal(out, kit.sample(patch(kit.model), STEPS, size=SMALL))
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_patch_of_the_attention_modules_is_named_in_the_receipt(kit, order):
+def test_a_patch_of_the_attention_modules_is_named_in_the_summary(kit, order):
     """KJNodes' memory-efficient Sage patch replaces `self_attn.forward`: the hook never sees these calls."""
     def replaced(model):
         patched = model.clone()
@@ -222,12 +225,12 @@ def test_a_patch_of_the_attention_modules_is_named_in_the_receipt(kit, order):
     handle = RunHandle()
     out = kit.sample(in_order(kit, order, replaced, handle), STEPS, size=SMALL)
     assert torch.equal(out, kit.sample(replaced(kit.model), STEPS, size=SMALL))
-    assert handle.receipt.left == {"cross-attention": CALLS} and handle.receipt.taken == 0
-    assert f"diffusion_model.blocks.0.self_attn.forward and {LAYERS - 1} more" in handle.receipt.text()
+    assert dense_calls(handle.summary) == {"cross-attention": CALLS} and handle.summary.sparse_calls == 0
+    assert f"diffusion_model.blocks.0.self_attn.forward and {LAYERS - 1} more" in handle.summary.text()
 
 
-def forgetful(model):
-    """What TeaCache does to Wan: during a call another `forward_orig`, which runs the blocks without telling them of
+def without_options(model):
+    """What TeaCache does to Wan: during a call another `forward_orig`, which runs the blocks without
     `transformer_options`."""
     patched = model.clone()
     network = model.get_model_object("diffusion_model")
@@ -252,13 +255,13 @@ def forgetful(model):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_forward_that_does_not_tell_its_blocks_is_served_all_the_same(kit, order):
-    check_left_and_dense(kit, order, forgetful)
+def test_a_forward_that_calls_its_blocks_without_options_is_sparse_all_the_same(kit, order):
+    check_dense_runs(kit, order, without_options)
     handle, plain = RunHandle(), RunHandle()
-    out = kit.sample(in_order(kit, order, forgetful, handle), STEPS, size=SMALL)
-    assert handle.receipt.taken == CALLS and handle.receipt.left == {"cross-attention": CALLS}
+    out = kit.sample(in_order(kit, order, without_options, handle), STEPS, size=SMALL)
+    assert handle.summary.sparse_calls == CALLS and dense_calls(handle.summary) == {"cross-attention": CALLS}
     assert torch.equal(out, kit.sample(kit.lite(handle=plain), STEPS, size=SMALL))
-    assert handle.receipt.layers == plain.receipt.layers and handle.receipt.skipped > 0
+    assert handle.summary.layers == plain.summary.layers and handle.summary.skipped > 0
     assert not any(block._forward_pre_hooks for block in kit.model.get_model_object("diffusion_model").blocks)
 
 
@@ -279,7 +282,7 @@ def two_blocks(model_folder):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_torch_compile_model(kit, sessions, dynamo, two_blocks, order):
+def test_torch_compile_model(kit, runs, dynamo, two_blocks, order):
     """The whole network, with the guards on transformer_options dropped: block numbers must not freeze."""
     compile_node = node("comfy_extras.nodes_torch_compile", "TorchCompileModel")
 
@@ -288,17 +291,17 @@ def test_torch_compile_model(kit, sessions, dynamo, two_blocks, order):
 
     uncompiled = kit.sample(kit.lite(two_blocks), STEPS, size=SMALL)
     handle = RunHandle()
-    model = (kit.lite(compiled(two_blocks), handle) if order == "companion first"
+    model = (kit.lite(compiled(two_blocks), handle) if order == "other node first"
              else compiled(kit.lite(two_blocks, handle)))
     assert (kit.sample(model, STEPS, size=SMALL) - uncompiled).abs().max() < 1e-3
-    assert {key.name for key, _ in sessions[-1].passes} == {"double 0", "double 1"}
-    assert set(sessions[-1].passes.values()) == {STEPS} and handle.receipt.taken == 2 * STEPS
-    assert handle.receipt.left == {policy.CROSS_ATTENTION: 2 * STEPS} and not handle.receipt.notes
+    assert {key.block for key, _ in runs[-1].passes} == {"double 0", "double 1"}
+    assert set(runs[-1].passes.values()) == {STEPS} and handle.summary.sparse_calls == 2 * STEPS
+    assert dense_calls(handle.summary) == {"cross-attention": 2 * STEPS} and not handle.summary.notes
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("by", ["our own", "KJNodes"])
-def test_compiled_blocks(kit, sessions, monkeypatch, dynamo, order, by):
+@pytest.mark.parametrize("by", ["core's helper", "KJNodes"])
+def test_compiled_blocks(kit, runs, monkeypatch, dynamo, order, by):
     """KJNodes compiles block by block and resolves the compiled blocks by the network that runs. With KJNodes itself
     the backend is its "inductor", made to compile nothing; tracing and guards are the same."""
     def compiled(model):
@@ -320,13 +323,13 @@ def test_compiled_blocks(kit, sessions, monkeypatch, dynamo, order, by):
     uncompiled = kit.sample(kit.lite(), STEPS, size=SMALL)
     out = kit.sample(in_order(kit, order, compiled), STEPS, size=SMALL)
     assert (out - uncompiled).abs().max() < 1e-3
-    assert {key.name for key, _ in sessions[-1].passes} == {f"double {i}" for i in range(LAYERS)}
-    assert set(sessions[-1].passes.values()) == {STEPS} and len(rows_of(sessions[-1])) == 2
+    assert {key.block for key, _ in runs[-1].passes} == {f"double {i}" for i in range(LAYERS)}
+    assert set(runs[-1].passes.values()) == {STEPS} and len(rows_of(runs[-1])) == 2
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_compile_node_with_fullgraph_is_yielded_to(kit, dynamo, order):
-    """It would end the render at our attention, which breaks the graph."""
+def test_a_compile_node_with_fullgraph_turns_sparse_attention_off(kit, dynamo, order):
+    """It would end the render at sparse attention, which breaks the graph."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 
@@ -338,8 +341,8 @@ def test_a_compile_node_with_fullgraph_is_yielded_to(kit, dynamo, order):
         return patched
 
     handle, base = RunHandle(), pytorch_backend(kit.model)
-    model = kit.lite(compiled(base), handle) if order == "companion first" else compiled(kit.lite(base, handle))
+    model = kit.lite(compiled(base), handle) if order == "other node first" else compiled(kit.lite(base, handle))
     alone = kit.sample(compiled(base), STEPS, size=SMALL)
     assert torch.equal(kit.sample(model, STEPS, size=SMALL), alone)
-    assert handle.receipt.taken == 0 and "Turn fullgraph off" in handle.receipt.text()
-    assert handle.receipt.steps_done == STEPS
+    assert handle.summary.sparse_calls == 0 and "Turn fullgraph off" in handle.summary.text()
+    assert handle.summary.steps_done == STEPS

@@ -8,16 +8,15 @@ import comfy.model_management
 import comfy.ops
 import pytest
 import torch
-from companion_kit import ORDERS, SMALL, STEPS, check_left_and_dense, in_order, node, plain, rows_of, sample_with
-from family_kit import load, random_state
+from family_cases import case as case_of
+from family_kit import close, load, random_state, sites
 from family_kit import sample as sample_case
-from host_kit import LAYERS, Kit
-from test_family_flux import CASES as FLUX
-from test_family_sd3 import CASES as SD3
+from host_kit import LAYERS, Kit, dense_calls
+from interop_kit import ORDERS, SMALL, STEPS, check_dense_runs, in_order, node, plain, rows_of, sample_with
 
 from liteattention.demo.pixels import prompt_tokens
 from liteattention.host import attach
-from liteattention.runtime import LiteAttentionConfig, RunHandle
+from liteattention.runtime import LiteAttentionConfig, RunHandle, Threshold
 
 MIDDLE = [[prompt_tokens(1, 1, 1), {}]]
 OTHER = [[prompt_tokens(1, 3, 2), {}]]
@@ -54,7 +53,7 @@ def windows(model):
         closed_loop=False, fuse_method="pyramid", freenoise=False).args[0]
 
 
-# companion: (self-attentions taken, left by reason except cross-attention, recording passes of a mask)
+# other node: (sparse calls, dense calls by reason except cross-attention, recording passes of a mask)
 PATCHES = {
     slg: (STEPS * LAYERS, {EXTRA: STEPS * (LAYERS - 2)}, {STEPS}),
     slg_simple: (STEPS * LAYERS, {EXTRA: STEPS * (LAYERS - 2)}, {STEPS}),
@@ -67,27 +66,27 @@ PATCHES = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("companion", PATCHES, ids=lambda f: f.__name__)
-def test_model_patches(kit, sessions, companion, order):
-    """Every order, every pass: what is taken, what is left and why, and the effect is the one it has alone."""
-    taken, left, passes = PATCHES[companion]
-    alone = check_left_and_dense(kit, order, companion)
+@pytest.mark.parametrize("other", PATCHES, ids=lambda f: f.__name__)
+def test_model_patches(kit, runs, other, order):
+    """Every order, every pass: what is sparse, what is dense and why, and the node's effect is the same as alone."""
+    sparse, dense, passes = PATCHES[other]
+    alone = check_dense_runs(kit, order, other)
     # Core's PAG replaces attention in blocks that only UNets have: on a DiT its pass is an ordinary one.
-    assert ((alone - plain(kit)).abs().max() < 1e-3) == (companion is pag)
+    assert ((alone - plain(kit)).abs().max() < 1e-3) == (other is pag)
     handle = RunHandle()
-    out = kit.sample(in_order(kit, order, companion, handle, threshold=0.0), STEPS, size=SMALL)
-    receipt = handle.receipt
-    assert torch.isfinite(out).all() and not receipt.notes and receipt.skipped > 0
-    assert receipt.taken == taken and set(sessions[-1].passes.values()) == passes
-    assert {reason: count for reason, count in receipt.left.items() if reason != "cross-attention"} == left
-    assert receipt.left["cross-attention"] == taken + sum(left.values())
+    out = kit.sample(in_order(kit, order, other, handle, rule=Threshold(0.0)), STEPS, size=SMALL)
+    summary = handle.summary
+    assert torch.isfinite(out).all() and not summary.notes and summary.skipped > 0
+    assert summary.sparse_calls == sparse and set(runs[-1].passes.values()) == passes
+    assert {reason: count for reason, count in dense_calls(summary).items() if reason != "cross-attention"} == dense
+    assert dense_calls(summary)["cross-attention"] == sparse + sum(dense.values())
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_nag(sessions, order):
+def test_nag(runs, order):
     """It mixes rows of the attention's output, in place; here on Flux, because Wan has no place for such a patch."""
     nag = node("comfy_extras.nodes_nag", "NAGuidance")
-    case = FLUX[0]
+    case = case_of("Flux")
     model = load(case)
 
     def guided(model):
@@ -98,18 +97,19 @@ def test_nag(sessions, order):
             config = LiteAttentionConfig(min_tokens=128, warmup_steps=1, **settings)
             return attach(model, config, handle=handle or RunHandle())
 
-        return sample_case(case, lite(guided(model)) if order == "companion first" else guided(lite(model)))
+        return sample_case(case, lite(guided(model)) if order == "other node first" else guided(lite(model)))
 
     alone = sample_case(case, guided(model))
     assert not torch.equal(alone, sample_case(case, model)), "it has an effect"
     assert torch.equal(run(dense_blocks="0--1"), alone)
     handle = RunHandle()
-    dense = run(handle, threshold=-30.0)
-    assert (dense - alone).abs().max() < case.tolerance * alone.abs().max()
-    assert handle.receipt.taken == 3 * len(case.layers) and not handle.receipt.left and not handle.receipt.notes
-    sparse = run(threshold=0.0)
-    assert torch.isfinite(sparse).all() and sessions[-1].close().skipped > 0
-    assert {(key.name, key.ordinal) for key, _ in sessions[-1].passes} == case.layers
+    dense = run(handle, rule=Threshold(-30.0))
+    assert close(dense, alone)
+    summary = handle.summary
+    assert summary.sparse_calls == 3 * len(case.layers) and not summary.dense_calls and not summary.notes
+    sparse = run(rule=Threshold(0.0))
+    assert torch.isfinite(sparse).all() and runs[-1].close().skipped > 0
+    assert sites(runs[-1]) == case.layers
 
 
 def perp_neg_guider(kit, model):
@@ -123,19 +123,20 @@ def dual_cfg(kit, model):
 
 
 @pytest.mark.parametrize("guider", [perp_neg_guider, dual_cfg], ids=lambda f: f.__name__)
-def test_guiders_of_three_conditionings(kit, sessions, guider):
+def test_guiders_of_three_conditionings(kit, runs, guider):
     """Each has rows of its own. The guider comes after the model: there is one order."""
     def run(**settings):
         return sample_with(kit, guider(kit, kit.lite(**settings) if settings else kit.model), SMALL)
 
     alone = run()
     assert torch.equal(run(dense_blocks="0--1"), alone)
-    assert (run(threshold=-30.0) - alone).abs().max() < 1e-3
+    assert (run(rule=Threshold(-30.0)) - alone).abs().max() < 1e-3
     handle = RunHandle()
-    run(handle=handle, threshold=-0.5)
-    assert len({row.uuid for row in rows_of(sessions[-1])}) == 3 == len(rows_of(sessions[-1]))
-    assert set(sessions[-1].passes.values()) == {STEPS} and handle.receipt.skipped > 0
-    assert handle.receipt.left == {"cross-attention": handle.receipt.taken} and not handle.receipt.notes
+    run(handle=handle, rule=Threshold(-0.5))
+    assert len({row.uuid for row in rows_of(runs[-1])}) == 3 == len(rows_of(runs[-1]))
+    assert set(runs[-1].passes.values()) == {STEPS} and handle.summary.skipped > 0
+    summary = handle.summary
+    assert dense_calls(summary) == {"cross-attention": summary.sparse_calls} and not summary.notes
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def second(model_folder):
 
 
 @pytest.mark.parametrize("patched", ["first", "second", "both"])
-def test_dual_model_guider(kit, second, sessions, patched):
+def test_dual_model_guider(kit, second, runs, patched):
     """The positive conditioning on one network, the negative one on another; the first one's options hold for both."""
     dual = node("comfy_extras.nodes_custom_sampler", "DualModelGuider")
 
@@ -158,26 +159,26 @@ def test_dual_model_guider(kit, second, sessions, patched):
 
     alone = sample_with(kit, dual.execute(kit.model, kit.positive, 2.0, second, kit.negative).args[0], SMALL)
     assert torch.equal(run(dense_blocks="0--1"), alone)
-    assert (run(threshold=-30.0) - alone).abs().max() < 1e-3
-    sessions.clear()
+    assert (run(rule=Threshold(-30.0)) - alone).abs().max() < 1e-3
+    runs.clear()
     handle = RunHandle()
-    run(handle, threshold=-0.5)
+    run(handle, rule=Threshold(-0.5))
     if patched == "second":
-        assert not sessions and handle.receipt is None, "on the second network alone it does nothing"
+        assert not runs and handle.summary is None, "on the second network alone it does nothing"
         return
-    assert len(sessions) == 1 and len({key.model for key, _ in sessions[0].passes}) == 2
-    assert set(sessions[0].passes.values()) == {STEPS} and handle.receipt.skipped > 0
-    assert handle.receipt.taken == 2 * STEPS * LAYERS
+    assert len(runs) == 1 and len({key.model for key, _ in runs[0].passes}) == 2
+    assert set(runs[0].passes.values()) == {STEPS} and handle.summary.skipped > 0
+    assert handle.summary.sparse_calls == 2 * STEPS * LAYERS
 
 
-def test_regions_by_node(kit, sessions):
+def test_regions_by_node(kit, runs):
     """ConditioningSetAreaPercentageVideo, ConditioningSetMask and ConditioningCombine."""
     area = node("comfy_extras.nodes_video_model", "ConditioningSetAreaPercentageVideo")()
     from nodes import ConditioningCombine, ConditioningSetMask
 
-    left, = area.append(MIDDLE, 1.0, 0.5, 1.0, 0.0, 0.0, 0.0, 1.0)
+    half, = area.append(MIDDLE, 1.0, 0.5, 1.0, 0.0, 0.0, 0.0, 1.0)
     masked, = ConditioningSetMask().append(OTHER, torch.ones(1, *SMALL[1:]), "default", 1.0)
-    positive, = ConditioningCombine().combine(kit.positive, left)
+    positive, = ConditioningCombine().combine(kit.positive, half)
     positive, = ConditioningCombine().combine(positive, masked)
 
     def run(model):
@@ -186,21 +187,21 @@ def test_regions_by_node(kit, sessions):
     alone = run(kit.model)
     assert not torch.equal(alone, plain(kit))
     assert torch.equal(run(kit.lite(dense_blocks="0--1")), alone)
-    assert (run(kit.lite(threshold=-30.0)) - alone).abs().max() < 1e-3
+    assert (run(kit.lite(rule=Threshold(-30.0))) - alone).abs().max() < 1e-3
     handle = RunHandle()
-    run(kit.lite(handle=handle, threshold=-0.5))
-    assert len({row.uuid for row in rows_of(sessions[-1])}) == 4, "one negative and three positive conditionings"
-    assert set(sessions[-1].passes.values()) == {STEPS} and not handle.receipt.notes
-    shapes = {row.uuid: {bits.shape for (_, other), bits in sessions[-1].bits.items() if other.uuid == row.uuid}
-              for row in rows_of(sessions[-1])}
+    run(kit.lite(handle=handle, rule=Threshold(-0.5)))
+    assert len({row.uuid for row in rows_of(runs[-1])}) == 4, "one negative and three positive conditionings"
+    assert set(runs[-1].passes.values()) == {STEPS} and not handle.summary.notes
+    shapes = {row.uuid: {bits.shape for (_, other), bits in runs[-1].bits.items() if other.uuid == row.uuid}
+              for row in rows_of(runs[-1])}
     assert len({shape for found in shapes.values() for shape in found}) == 2, "a region has a smaller grid"
 
 
-def test_controlnet(sessions):
-    """ControlNetApplyAdvanced with a ControlNet of SD3: its own attentions are none of the model's layers."""
+def test_controlnet(runs):
+    """ControlNetApplyAdvanced with a ControlNet of SD3: its own attentions are not the model's layers."""
     from nodes import ControlNetApplyAdvanced
 
-    case = SD3[0]
+    case = case_of("SD3.5 large")
     model = load(case)
     config = {name: value for name, value in case.config.items() if name != "num_blocks"}
     state = random_state(comfy.cldm.mmdit.ControlNet, {**config, "num_blocks": 1})
@@ -221,7 +222,7 @@ def test_controlnet(sessions):
         if controlled:
             positive, negative = ControlNetApplyAdvanced().apply_controlnet(positive, negative, control, image, 1.0,
                                                                             0.0, 1.0, vae)
-        config = LiteAttentionConfig(threshold=threshold or 0.0, min_tokens=128, warmup_steps=1, **settings)
+        config = LiteAttentionConfig(rule=Threshold(threshold or 0.0), min_tokens=128, warmup_steps=1, **settings)
         used = model if threshold is None and not settings else attach(model, config, handle=handle)
         latent = torch.zeros(1, *case.latent)
         with torch.inference_mode():
@@ -232,11 +233,11 @@ def test_controlnet(sessions):
     alone = run()
     assert torch.isfinite(alone).all() and not torch.equal(alone, run(controlled=False)), "it has an effect"
     assert torch.equal(run(dense_blocks="0--1"), alone)
-    assert (run(-30.0) - alone).abs().max() < case.tolerance * max(1.0, alone.abs().max().item())
-    run(threshold=0.0, refresh_every=0)
-    assert {(key.name, key.ordinal) for key, _ in sessions[-1].passes} == case.layers
-    assert set(sessions[-1].passes.values()) == {3} and handle.receipt.skipped > 0
-    assert handle.receipt.taken == 3 * len(case.layers) and not handle.receipt.notes
+    assert close(run(-30.0), alone)
+    run(threshold=0.0)
+    assert sites(runs[-1]) == case.layers
+    assert set(runs[-1].passes.values()) == {3} and handle.summary.skipped > 0
+    assert handle.summary.sparse_calls == 3 * len(case.layers) and not handle.summary.notes
 
 
 class Frames:
@@ -253,7 +254,7 @@ class Frames:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_uni3c_control_of_wan(kit, sessions, order):
+def test_uni3c_control_of_wan(kit, runs, order):
     """A ControlNet for Wan: its attentions run between the model's blocks, without the model's options."""
     apply = node("comfy_extras.nodes_model_patch", "WanUni3CControlnetApply")
     from comfy.ldm.wan.uni3c import WanUni3CControlnet
@@ -272,9 +273,9 @@ def test_uni3c_control_of_wan(kit, sessions, order):
     def controlled(model):
         return apply().apply_patch(model, control, Frames(), video, 0.5, 0.0, 1.0)[0]
 
-    alone = check_left_and_dense(kit, order, controlled)
+    alone = check_dense_runs(kit, order, controlled)
     assert not torch.equal(alone, plain(kit)), "it has an effect"
     handle = RunHandle()
-    kit.sample(in_order(kit, order, controlled, handle, threshold=-0.5), STEPS, size=SMALL)
-    assert handle.receipt.taken == STEPS * LAYERS == handle.receipt.left["cross-attention"]
-    assert handle.receipt.skipped > 0 and set(sessions[-1].passes.values()) == {STEPS}
+    kit.sample(in_order(kit, order, controlled, handle, rule=Threshold(-0.5)), STEPS, size=SMALL)
+    assert handle.summary.sparse_calls == STEPS * LAYERS == dense_calls(handle.summary)["cross-attention"]
+    assert handle.summary.skipped > 0 and set(runs[-1].passes.values()) == {STEPS}

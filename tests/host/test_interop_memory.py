@@ -6,19 +6,18 @@ import sys
 import types
 from pathlib import Path
 
-import comfy.memory_management
 import comfy.model_management
 import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from companion_kit import ORDERS, SMALL, STEPS, check_left_and_dense, in_order, node, plain, rows_of, sample_with
 from host_kit import LAYERS, Kit
+from interop_kit import ORDERS, SMALL, STEPS, check_dense_runs, in_order, node, plain, rows_of, sample_with
 from safetensors.torch import save_file
 
 import nodes
 from liteattention.host import compat
-from liteattention.runtime import RunHandle
+from liteattention.runtime import RunHandle, Threshold
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,13 +42,13 @@ def lora(kit, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_lora(kit, sessions, lora, order):
+def test_lora(kit, runs, lora, order):
     add = lora(1, 0.5)
-    alone = check_left_and_dense(kit, order, add)
+    alone = check_dense_runs(kit, order, add)
     assert (alone - plain(kit)).abs().max() > 0.01, "it has an effect"
     handle = RunHandle()
     kit.sample(in_order(kit, order, add, handle), STEPS, size=SMALL)
-    assert handle.receipt.taken == STEPS * LAYERS and set(sessions[-1].passes.values()) == {STEPS}
+    assert handle.summary.sparse_calls == STEPS * LAYERS and set(runs[-1].passes.values()) == {STEPS}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def low_noise(model_folder):
     return Kit(model_folder).model
 
 
-def test_two_samplers_of_two_networks_start_afresh(kit, low_noise, sessions, lora):
+def test_two_samplers_of_two_networks_start_afresh(kit, low_noise, runs, lora):
     """Wan 2.2: high noise, then low noise, each with a LoRA of its own and a KSamplerAdvanced; nothing is linked."""
     def chain(**settings):
         latent = {"samples": kit.latent(size=SMALL)}
@@ -72,16 +71,16 @@ def test_two_samplers_of_two_networks_start_afresh(kit, low_noise, sessions, lor
 
     dense = chain()
     assert torch.equal(chain(dense_blocks="0--1"), dense)
-    sessions.clear()
-    assert (chain(threshold=-30.0) - dense).abs().max() < 1e-3
-    assert [set(session.passes.values()) for session in sessions] == [{3}, {3}]
-    first, second = ({key.model for key, _ in session.passes} for session in sessions)
-    assert first.isdisjoint(second) and not rows_of(sessions[0]) & rows_of(sessions[1])
-    assert [session.close().plan for session in sessions] == ["step 1 of 3 dense"] * 2
+    runs.clear()
+    assert (chain(rule=Threshold(-30.0)) - dense).abs().max() < 1e-3
+    assert [set(run.passes.values()) for run in runs] == [{3}, {3}]
+    first, second = ({key.model for key, _ in run.passes} for run in runs)
+    assert first.isdisjoint(second) and not rows_of(runs[0]) & rows_of(runs[1])
+    assert [run.close().plan for run in runs] == ["step 1 of 3 dense"] * 2
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_multigpu_work_units(kit, sessions, monkeypatch, order):
+def test_multigpu_work_units(kit, runs, monkeypatch, order):
     """Core's node clones the model for a second device and gives each a thread; here the CPU goes by two names."""
     split = node("comfy_extras.nodes_multigpu", "MultiGPUCFGSplitNode")
     devices = [torch.device("cpu"), torch.device("cpu", 0)]
@@ -92,18 +91,18 @@ def test_multigpu_work_units(kit, sessions, monkeypatch, order):
         assert len(model.get_additional_models_with_key("multigpu")) == 1
         return model
 
-    alone = check_left_and_dense(kit, order, spread)
+    alone = check_dense_runs(kit, order, spread)
     assert (alone - plain(kit)).abs().max() < 1e-4, "it computes the same"
     handle = RunHandle()
-    kit.sample(in_order(kit, order, spread, handle, threshold=-0.5), STEPS, size=SMALL)
-    receipt, session = handle.receipt, sessions[-1]
-    assert receipt.evaluations == 2 * STEPS and receipt.taken == 2 * STEPS * LAYERS and receipt.skipped > 0
-    assert len({key.model for key, _ in session.passes}) == 2 == len(rows_of(session))
-    assert set(session.passes.values()) == {STEPS} and not receipt.notes
+    kit.sample(in_order(kit, order, spread, handle, rule=Threshold(-0.5)), STEPS, size=SMALL)
+    summary, run = handle.summary, runs[-1]
+    assert summary.forward_passes == 2 * STEPS and summary.sparse_calls == 2 * STEPS * LAYERS and summary.skipped > 0
+    assert len({key.model for key, _ in run.passes}) == 2 == len(rows_of(run))
+    assert set(run.passes.values()) == {STEPS} and not summary.notes
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_low_vram(kit, sessions, lora, monkeypatch, order):
+def test_low_vram(kit, runs, lora, monkeypatch, order):
     """Most weights stay off the device and are patched and cast call by call, LoRA included."""
     add, load, lowered = lora(1, 0.5), ModelPatcher.load, []
 
@@ -116,13 +115,13 @@ def test_low_vram(kit, sessions, lora, monkeypatch, order):
     try:
         with monkeypatch.context() as patch:
             patch.setattr(ModelPatcher, "load", partly)
-            alone = check_left_and_dense(kit, order, add)
+            alone = check_dense_runs(kit, order, add)
             handle = RunHandle()
             kit.sample(in_order(kit, order, add, handle), STEPS, size=SMALL)
     finally:
         comfy.model_management.unload_all_models()
     assert lowered and all(lowered) and (alone - patched).abs().max() < 1e-3
-    assert handle.receipt.taken == STEPS * LAYERS and set(sessions[-1].passes.values()) == {STEPS}
+    assert handle.summary.sparse_calls == STEPS * LAYERS and set(runs[-1].passes.values()) == {STEPS}
 
 
 def tiled(model):
@@ -142,33 +141,33 @@ def tiled(model):
 
 
 @pytest.mark.parametrize("order, memory", [*((order, "joined") for order in ORDERS), (ORDERS[0], "split")])
-def test_tiles_have_masks_of_their_own(kit, sessions, monkeypatch, order, memory):
+def test_tiles_have_masks_of_their_own(kit, runs, monkeypatch, order, memory):
     """Every tile comes with the same rows and the same shape: one mask would age twice a step and mix two images."""
     if memory == "split":
         monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda self, device: 0)
-    check_left_and_dense(kit, order, tiled if memory == "joined" else lambda model: tiled(model))
+    check_dense_runs(kit, order, tiled if memory == "joined" else lambda model: tiled(model))
     handle = RunHandle()
-    kit.sample(in_order(kit, order, tiled, handle, threshold=-0.5), STEPS)
-    session, receipt = sessions[-1], handle.receipt
-    assert set(session.passes.values()) == {STEPS} and len(session.passes) == 2 * 2 * LAYERS
-    windows = {key.window for key, _ in session.passes}
-    assert len(windows) == 2 and not receipt.notes and receipt.skipped > 0
-    one, other = ([bits for (key, _), bits in session.bits.items() if key.window == window] for window in windows)
+    kit.sample(in_order(kit, order, tiled, handle, rule=Threshold(-0.5)), STEPS)
+    run, summary = runs[-1], handle.summary
+    assert set(run.passes.values()) == {STEPS} and len(run.passes) == 2 * 2 * LAYERS
+    windows = {key.window for key, _ in run.passes}
+    assert len(windows) == 2 and not summary.notes and summary.skipped > 0
+    one, other = ([bits for (key, _), bits in run.bits.items() if key.window == window] for window in windows)
     assert any(not torch.equal(a, b) for a, b in zip(one, other, strict=True)), "two tiles do not share decisions"
 
 
 @pytest.mark.parametrize("sampler, evaluations", [("sa_solver_pece", 2 * STEPS - 1), ("heun", 2 * STEPS - 1)])
-def test_a_sampler_that_comes_back_to_a_noise_level_is_no_tile(kit, sessions, sampler, evaluations):
+def test_a_sampler_that_comes_back_to_a_noise_level_is_no_tile(kit, runs, sampler, evaluations):
     import comfy.samplers
 
     if sampler not in comfy.samplers.KSampler.SAMPLERS:
         pytest.skip(f"this ComfyUI has no {sampler}")
     kit.sample(kit.lite(), STEPS, sampler=sampler, size=SMALL)
-    assert {key.window for key, _ in sessions[-1].passes} == {None}
-    assert set(sessions[-1].passes.values()) == {sessions[-1].close().evaluations} == {evaluations}
+    assert {key.window for key, _ in runs[-1].passes} == {None}
+    assert set(runs[-1].passes.values()) == {runs[-1].close().forward_passes} == {evaluations}
 
 
-def test_a_cached_guider_and_model_with_companions_start_afresh(kit, sessions):
+def test_a_cached_guider_and_model_with_other_nodes_start_afresh(kit, runs):
     """ComfyUI keeps MODEL and GUIDER objects from prompt to prompt; each run is as if alone."""
     from comfy_extras.nodes_custom_sampler import CFGGuider
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
@@ -180,7 +179,7 @@ def test_a_cached_guider_and_model_with_companions_start_afresh(kit, sessions):
     guider = build()
     results = [sample_with(kit, guider, SMALL) for _ in range(2)]
     assert torch.equal(*results) and torch.equal(results[0], sample_with(kit, build(), SMALL))
-    assert all(set(session.passes.values()) == {STEPS} for session in sessions) and len(sessions) == 3
+    assert all(set(run.passes.values()) == {STEPS} for run in runs) and len(runs) == 3
 
 
 def test_the_malloc_graph_is_paused_where_there_is_one(monkeypatch):
@@ -194,21 +193,13 @@ def test_the_malloc_graph_is_paused_where_there_is_one(monkeypatch):
             assert entered == expected
 
 
-def test_free_memory_says_nothing_under_dynamic_vram(monkeypatch):
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1000)
-    for enabled, known in ((False, 1000), (True, None)):
-        monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", enabled, raising=False)
-        assert compat.free_memory(torch.device("cuda")) == known
-        assert compat.free_memory(torch.device("cpu")) == 1000
-
-
-def test_each_row_of_the_compatibility_table_names_tests_that_exist():
-    table = (ROOT / "docs" / "companions.md").read_text(encoding="utf-8")
+def test_each_row_of_the_interop_table_names_tests_that_exist():
+    table = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) >= 25
-    for companion, _, _, tests in rows:
+    for name, _, _, tests in rows:
         named = re.findall(r"`(\w+\.py)::(\w+)`", tests)
-        assert named, companion
+        assert named, name
         for file, test in named:
             assert re.search(rf"^def {test}\(", (ROOT / "tests" / "host" / file).read_text(encoding="utf-8"),
-                             re.MULTILINE), (companion, file, test)
+                             re.MULTILINE), (name, file, test)
