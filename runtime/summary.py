@@ -202,7 +202,7 @@ class RunSummary:
         parts = [f"self-attention: {self.sparse_calls} of {total} calls sparse"]
         if dense:
             parts.append(f"dense: {', '.join(dense)}")
-        parts += [f"{self.dense_calls[reason]} {calls}" for reason, calls in _OTHER.items() if reason in self.dense_calls]
+        parts += [f"{self.dense_calls[other]} {calls}" for other, calls in _OTHER.items() if other in self.dense_calls]
         by = f" (dense by {self.fallback})" if self.fallback and self.dense_calls else ""
         return ", ".join(parts) + by
 

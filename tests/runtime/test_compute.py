@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from run_kit import HEADS, N, D, dense, play, sampling_run, tokens
+from run_kit import HEADS, D, N, dense, play, sampling_run, tokens
 
 from liteattention.kernels import BackendChoice, PrecisionChoice, SkipMask, UnsupportedAttention
 from liteattention.runtime import AttentionCall, LiteAttentionConfig, Threshold, compute
@@ -124,7 +124,8 @@ def test_without_memory_for_pooled_keys_and_values_the_run_goes_on_without_them(
     run = sampling_run(6)
     assert play(run, 3)[1] == [0, 0, 0]
     assert tried(kernel) == [("full", True)] + [("full", False)] * 6
-    assert run.close().notes == ["no memory for the pooled keys and values; pool_skipped is off for the rest of this run"]
+    note, = run.close().notes
+    assert note == "no memory for the pooled keys and values; pool_skipped is off for the rest of this run"
 
 
 def test_no_memory_without_either_is_the_hosts_business_and_no_half_written_mask_stays(kernel, int8_device):
@@ -154,7 +155,7 @@ def test_two_devices_that_run_out_of_memory_at_once_give_up_one_thing(kernel, in
 
 def test_out_of_memory_is_told_from_other_errors():
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
-    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate"))
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to"))
     assert not is_out_of_memory(RuntimeError("an illegal memory access was encountered"))
 
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from run_kit import N, TILES, forward, play, sampling_run
+from run_kit import TILES, N, forward, play, sampling_run
 
 from liteattention.runtime.counters import COUNTERS, LAYERS_PER_BLOCK, Counters
 from liteattention.runtime.masks import LayerKey

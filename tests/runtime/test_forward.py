@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from run_kit import HEADS, LAYERS, N, Fallback, dense, forward, masks, passes, play, sampling_run, tokens
+from run_kit import HEADS, LAYERS, Fallback, N, dense, forward, masks, passes, play, sampling_run, tokens
 
 from liteattention.kernels import SkipMask
 from liteattention.runtime import AttentionCall, CarriedMasks, LayerId, Threshold

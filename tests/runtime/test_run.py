@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from run_kit import LAYERS, N, TILES, Fallback, dense, forward, passes, sampling_run, tokens
+from run_kit import LAYERS, TILES, Fallback, N, dense, forward, passes, sampling_run, tokens
 
 from liteattention.runtime import AttentionCall, ErrorBudget, LiteAttentionConfig, SamplingRun
 from liteattention.runtime.reasons import WARMUP

@@ -33,8 +33,8 @@ def summary(**changes):
         "backend": "triton backend on cuda:0"} | changes)
 
 
-def advice(faster_dense="", rule=ErrorBudget(0.3), **changes):
-    return advise(summary(**changes), rule, faster_dense)
+def advice(faster_dense="", rule=None, **changes):
+    return advise(summary(**changes), rule or ErrorBudget(0.3), faster_dense)
 
 
 def test_the_lines_of_a_run_have_a_fixed_order():

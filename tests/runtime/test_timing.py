@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_kit import HEADS, LAYERS, N, TILES, Fallback, dense, forward, play, sampling_run, tokens
+from run_kit import HEADS, LAYERS, TILES, Fallback, N, dense, forward, play, sampling_run, tokens
 
 from liteattention.kernels import SkipMask
 from liteattention.runtime import AttentionCall, BreakEvens, LayerId
