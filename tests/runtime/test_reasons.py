@@ -44,4 +44,4 @@ def test_every_reason_is_in_the_table_and_says_what_it_means():
     assert len({reason.text for reason in REASONS}) == len(REASONS)
     for reason in REASONS:
         assert reason.meaning.endswith("."), reason
-        assert not (reason.expected and reason.hint), "what is normal needs no change"
+        assert reason.expected == (not reason.hint), "what is normal needs no change, all else says what to try"

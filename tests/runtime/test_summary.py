@@ -117,7 +117,7 @@ def test_a_faster_dense_attention_is_named_where_much_stays_dense():
     assert advice(FASTER_DENSE, dense_tiles=5) == [] and advice("", dense_tiles=25) == []
 
 
-@pytest.mark.parametrize("reason", [reason for reason in REASONS if reason.hint])
+@pytest.mark.parametrize("reason", [reason for reason in REASONS if not reason.expected and reason != DENSE_FASTER])
 def test_the_reason_of_most_dense_calls_decides(reason):
     assert advice(dense_calls={CROSS_ATTENTION: 900, reason: 800, DENSE_FASTER: 20})[0] == reason.hint
     assert advice(dense_calls={CROSS_ATTENTION: 900, reason: 700}) == [], "most are sparse"
