@@ -38,7 +38,8 @@ MESSAGES = {
     "notes about masks": {masks.SIZE_CHANGED, masks.NO_MATCH, *pieces(r"None, \(", ROOT / "runtime" / "masks.py")},
     "why no run is continued": {run.NO_RUN, run.NOT_FINISHED, run.SEVERAL, run.NOTHING, run.LOST},
     "calls that the kernels do not compute": pieces(r'return no\([^#]*?,\s*(?=f?"[^"]*"\)\n)', KERNELS / "api.py"),
-    "verdicts on Triton": pieces(r'(?:TritonVerdict\(False,|_refusal\(|return(?= f"the ))', KERNELS / "triton_probe.py"),
+    "verdicts on Triton": pieces(
+        r'(?:TritonVerdict\(False,|_refusal\(|return(?= f"the ))', KERNELS / "triton_probe.py"),
 }
 AT_LEAST = {"notes": 16, "notes about other nodes": 2, "notes about masks": 3, "why no run is continued": 5,
             "calls that the kernels do not compute": 14, "verdicts on Triton": 6}

@@ -1,5 +1,7 @@
 """A two-layer "model" whose attention goes through a sampling run, and its dense counterpart."""
 
+import threading
+
 import torch
 
 from liteattention.runtime import AttentionCall, LayerId, LiteAttentionConfig, SamplingRun, Threshold
@@ -68,3 +70,13 @@ def masks(run):
 
 def passes(run):
     return sorted({mask.passes[0] for rows in run.masks.all_masks().values() for mask in rows.values()})
+
+
+def in_threads(work, arguments):
+    """`work` for each of the arguments at once."""
+    barrier = threading.Barrier(len(arguments))
+    threads = [threading.Thread(target=lambda a=argument: (barrier.wait(), work(a))) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -1,11 +1,13 @@
 """The sparse kernel in a run: where it runs, what it does without, and what a failure costs."""
 
+import math
+
 import pytest
 import torch
 from run_kit import HEADS, D, N, dense, play, sampling_run, tokens
 
 from liteattention.kernels import BackendChoice, PrecisionChoice, SkipMask, UnsupportedAttention
-from liteattention.runtime import AttentionCall, LiteAttentionConfig, Threshold, compute
+from liteattention.runtime import AttentionCall, ErrorBudget, LiteAttentionConfig, Threshold, compute
 from liteattention.runtime.compute import Plan, SparseAttention, is_out_of_memory
 from liteattention.runtime.masks import LayerKey, MaskTable, Signature
 from liteattention.runtime.notes import Notes
@@ -159,12 +161,13 @@ def test_out_of_memory_is_told_from_other_errors():
     assert not is_out_of_memory(RuntimeError("an illegal memory access was encountered"))
 
 
-@pytest.mark.parametrize("settings, criterion, threshold", [
-    ({"rule": Threshold(-4.0)}, "max", -4.0), ({"rule": Threshold(-0.5), "pool_skipped": False}, "max", -0.5)])
-def test_settings_reach_every_call(kernel, settings, criterion, threshold):
-    play(sampling_run(6, **settings), 3)
+@pytest.mark.parametrize("rule, criterion, threshold", [(Threshold(-4.0), "max", -4.0), (ErrorBudget(0.3), "mass",
+                                                        math.log2(0.3 / 5))], ids=["threshold", "640 keys, five tiles"])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_settings_reach_every_call(kernel, rule, criterion, threshold, pooled):
+    play(sampling_run(6, rule=rule, pool_skipped=pooled), 3)
     assert [(call["criterion"], call["threshold"], call["pool_skipped"]) for call in kernel.calls] == \
-        [(criterion, threshold, settings.get("pool_skipped", True))] * 6
+        [(criterion, threshold, pooled)] * 6
 
 
 @pytest.mark.parametrize("precision", ["auto", "full"])

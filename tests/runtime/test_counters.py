@@ -1,10 +1,8 @@
 """Counts of a run: calls by reason, tiles by step and layer, read once per step."""
 
-import threading
-
 import pytest
 import torch
-from run_kit import TILES, N, forward, play, sampling_run
+from run_kit import TILES, N, forward, in_threads, play, sampling_run
 
 from liteattention.runtime.counters import COUNTERS, LAYERS_PER_BLOCK, Counters
 from liteattention.runtime.masks import LayerKey
@@ -103,11 +101,7 @@ def test_devices_may_count_at_once():
             counters.add_sparse(number, key(number), 10, 0, N)
             counters.add_dense(number, WARMUP, 5)
 
-    threads = [threading.Thread(target=work, args=[number]) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(8))
     counters.end_step(0)
     assert (counters.sparse, counters.dense, counters.tiles_total) == (1600, {WARMUP: 1600}, 24_000)
     assert counters.forward_passes == 8

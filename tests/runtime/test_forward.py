@@ -5,39 +5,25 @@ import torch
 from run_kit import HEADS, LAYERS, Fallback, N, dense, forward, masks, passes, play, sampling_run, tokens
 
 from liteattention.kernels import SkipMask
-from liteattention.runtime import AttentionCall, CarriedMasks, LayerId, Threshold
+from liteattention.runtime import AttentionCall, LayerId, Threshold, reasons
 from liteattention.runtime.compute import Plan
-from liteattention.runtime.reasons import (
-    CROSS_ATTENTION,
-    DENSE_BLOCK,
-    DENSE_END,
-    EXTRA_PASS,
-    KERNEL_FAILED,
-    MOSTLY_EXTRA,
-    MOVING_WINDOWS,
-    NO_LAYER,
-    NO_LAYOUT,
-    NO_ROWS,
-    NOT_VIDEO,
-    TOO_SHORT,
-)
 from liteattention.runtime.timing import BreakEvens
 
 
 @pytest.mark.parametrize("settings, kwargs, reason", [
-    ({"dense_blocks": "0--1"}, {}, DENSE_BLOCK),
-    ({"dense_end_steps": 100}, {}, DENSE_END),
-    ({}, {"stays_dense": EXTRA_PASS}, EXTRA_PASS),
-    ({}, {"stays_dense": MOVING_WINDOWS}, MOVING_WINDOWS),
-    ({}, {"layers": [None, None]}, NO_LAYER),
-    ({}, {"video_tokens": None}, NO_LAYOUT),
-    ({}, {"video_tokens": N + 1}, NOT_VIDEO),
-    ({}, {"video_tokens": 100}, MOSTLY_EXTRA),
-    ({}, {"rows": None}, NO_ROWS),
-    ({"min_tokens": 641}, {}, TOO_SHORT),
+    ({"dense_blocks": "0--1"}, {}, reasons.DENSE_BLOCK),
+    ({"dense_end_steps": 100}, {}, reasons.DENSE_END),
+    ({}, {"stays_dense": reasons.EXTRA_PASS}, reasons.EXTRA_PASS),
+    ({}, {"stays_dense": reasons.MOVING_WINDOWS}, reasons.MOVING_WINDOWS),
+    ({}, {"layers": [None, None]}, reasons.NO_LAYER),
+    ({}, {"video_tokens": None}, reasons.NO_LAYOUT),
+    ({}, {"video_tokens": N + 1}, reasons.NOT_VIDEO),
+    ({}, {"video_tokens": 100}, reasons.MOSTLY_EXTRA),
+    ({}, {"rows": None}, reasons.NO_ROWS),
+    ({"min_tokens": 641}, {}, reasons.TOO_SHORT),
     # Of several reasons the first in the list of checks counts.
-    ({"dense_end_steps": 100, "dense_blocks": "0"}, {"stays_dense": EXTRA_PASS, "rows": None}, NO_ROWS),
-    ({"dense_end_steps": 100, "dense_blocks": "0, 1"}, {}, DENSE_BLOCK),
+    ({"dense_end_steps": 100, "dense_blocks": "0"}, {"stays_dense": reasons.EXTRA_PASS, "rows": None}, reasons.NO_ROWS),
+    ({"dense_end_steps": 100, "dense_blocks": "0, 1"}, {}, reasons.DENSE_BLOCK),
 ])
 def test_what_stays_dense_is_computed_by_the_fallback_attention_bit_for_bit(settings, kwargs, reason):
     run, fallback = sampling_run(4, **settings), Fallback()
@@ -52,7 +38,7 @@ def test_rows_that_do_not_match_the_batch_are_no_identity():
     forward_pass = run.forward_pass(model="m", rows=["only"], video_tokens=N)
     q, k, v = tokens(0)
     forward_pass.attend(AttentionCall.from_hook(q, k, v, HEADS), LAYERS[0], lambda: dense(q, k, v))
-    assert run.close().dense_calls == {NO_ROWS: 1}
+    assert run.close().dense_calls == {reasons.NO_ROWS: 1}
 
 
 def everything(run):
@@ -92,7 +78,7 @@ def test_trouble_outside_the_kernel_ends_no_render_either(monkeypatch):
     run = sampling_run(4)
     assert torch.equal(forward(run, 0)[1], dense(*tokens(0)))
     summary = run.close()
-    assert summary.dense_calls == {KERNEL_FAILED: 2} and "ZeroDivisionError: keys" in summary.notes[0]
+    assert summary.dense_calls == {reasons.KERNEL_FAILED: 2} and "ZeroDivisionError: keys" in summary.notes[0]
 
 
 @pytest.mark.parametrize("error", [KeyError("lora"), torch.OutOfMemoryError("out")])
@@ -206,7 +192,7 @@ def test_cross_attention_between_self_attentions_does_not_move_their_masks():
             forward_pass.attend(call, LAYERS[0], lambda: q)
         run.end_step(step)
     assert passes(run) == [3] and len(run.masks.all_masks()) == 1
-    assert run.close().dense_calls == {CROSS_ATTENTION: 3}
+    assert run.close().dense_calls == {reasons.CROSS_ATTENTION: 3}
 
 
 def test_extra_tokens_are_protected():
@@ -239,8 +225,3 @@ def test_no_memory_for_masks_is_one_note_however_many_layers(monkeypatch):
     summary = run.close()
     assert summary.notes == ["2 layers: no memory for the skip mask; the layer stays dense"]
     assert summary.headline() == "off: no memory for the skip mask"
-
-
-def test_a_run_without_carried_masks_is_as_one_that_has_none_to_carry():
-    plain, empty = sampling_run(4), sampling_run(4, carried=CarriedMasks())
-    assert play(plain, 3) == play(empty, 3)

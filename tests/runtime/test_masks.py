@@ -1,9 +1,8 @@
 """The mask table: one mask per row, fresh where something changed."""
 
-import threading
-
 import pytest
 import torch
+from run_kit import in_threads
 
 from liteattention.kernels import SkipMask, mask_nbytes
 from liteattention.runtime.masks import SIZE_CHANGED, LayerKey, MaskTable, RowState, Signature
@@ -113,19 +112,14 @@ def test_allocations_happen_inside_the_guard(monkeypatch):
 
 
 def test_many_threads_get_one_mask_per_row(table):
-    found, barrier = [], threading.Barrier(8)
+    found = []
 
-    def work():
-        barrier.wait()
+    def work(number):
         for i in range(50):
-            found.append((i, get(table, ["a"], f"double {i}")[0]))
+            found.append(get(table, ["a"], f"double {i}")[0])
 
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert len({id(m) for _, m in found}) == 50 and table.nbytes == 50 * ONE
+    in_threads(work, range(8))
+    assert len(found) == 400 and len({id(m) for m in found}) == 50 and table.nbytes == 50 * ONE
 
 
 def test_closing_frees_everything(table):

@@ -1,6 +1,6 @@
 """Notes: each once, and those about single layers gathered."""
 
-import threading
+from run_kit import in_threads
 
 from liteattention.runtime.notes import Notes
 
@@ -24,9 +24,5 @@ def test_a_note_about_layers_has_its_layer_or_their_number(caplog):
 
 def test_devices_may_note_at_once(caplog):
     notes = Notes()
-    threads = [threading.Thread(target=lambda i=i: [notes.add("x", f"{i} {j}") for j in range(50)]) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(lambda i: [notes.add("x", f"{i} {j}") for j in range(50)], range(8))
     assert notes.lines() == ["400 layers: x"] and caplog.text.count("x") == 1

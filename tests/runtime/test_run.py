@@ -9,7 +9,7 @@ import pytest
 import torch
 from run_kit import LAYERS, TILES, Fallback, N, dense, forward, passes, sampling_run, tokens
 
-from liteattention.runtime import AttentionCall, ErrorBudget, LiteAttentionConfig, SamplingRun
+from liteattention.runtime import AttentionCall, LiteAttentionConfig, SamplingRun
 from liteattention.runtime.reasons import WARMUP
 
 
@@ -36,17 +36,6 @@ def test_a_run_warms_up_records_skips_and_accounts_for_every_call():
     assert summary.tokens == N and summary.mask_bytes == run.masks.peak_bytes
     assert summary.backend == "torch backend on cpu" and summary.settings == run.config.to_dict()
     assert summary.saved.source == "the clock" and 0 < summary.saved.sparse_seconds <= summary.seconds
-
-
-def test_the_error_budget_of_the_settings_decides(kernel):
-    run = sampling_run(6, rule=ErrorBudget(0.1))
-    for step in range(6):
-        forward(run, step)
-        run.end_step(step)
-    assert {call["criterion"] for call in kernel.calls} == {"mass"}
-    assert {round(2 ** call["threshold"], 9) for call in kernel.calls} == {0.02}, "640 keys are five tiles"
-    summary = run.close()
-    assert summary.skipped > 0 and "error_budget 0.1" in summary.text()
 
 
 def test_each_step_is_reported_as_it_ends():
@@ -79,19 +68,6 @@ def test_a_run_that_is_stopped_has_a_summary_of_what_it_did():
     assert (summary.steps_done, summary.dense_calls, summary.skipped_per_step) == (0, {WARMUP: 2}, [0])
     assert summary.seconds is None and summary.headline() == "off: warm-up step"
     assert sampling_run().close().headline().startswith("off: no attention call reached LiteAttention")
-
-
-def test_a_kernel_that_fails_is_not_called_again_in_the_run(kernel):
-    run, fallback = sampling_run(4), Fallback()
-    kernel.fails = lambda kwargs: RuntimeError("no kernel image") if len(kernel.calls) == 3 else None
-    for step in range(4):
-        outs = forward(run, step, fallback=fallback)
-        run.end_step(step)
-    assert torch.equal(outs[0], dense(*tokens(3))) and len(kernel.calls) == 3
-    summary = run.close()
-    assert summary.sparse_calls == 2 and {str(r): n for r, n in summary.dense_calls.items()} == {
-        "the kernel failed in this run": 6}
-    assert [note for note in summary.notes if "no kernel image" in note] and len(summary.notes) == 1
 
 
 def test_out_of_memory_in_the_kernel_reaches_the_caller_and_the_run_can_go_on(kernel):

@@ -2,16 +2,15 @@
 
 import json
 import math
-import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from run_kit import HEADS, LAYERS, TILES, Fallback, N, dense, forward, play, sampling_run, tokens
+from run_kit import TILES, Fallback, dense, forward, in_threads, play, sampling_run, tokens
 
 from liteattention.kernels import SkipMask
-from liteattention.runtime import AttentionCall, BreakEvens, LayerId
+from liteattention.runtime import BreakEvens, LayerId
 from liteattention.runtime.masks import LayerKey
 from liteattention.runtime.reasons import DENSE_FASTER, KERNEL_FAILED
 from liteattention.runtime.timing import (
@@ -153,15 +152,6 @@ def test_a_clock_that_fails_leaves_the_table_and_is_not_asked_again(known, clock
     assert known.start(SHAPE, DENSE) is None
 
 
-def test_every_shape_and_device_has_its_own(known, clock):
-    for i, shape in enumerate([SHAPE, *OTHERS]):
-        both(known, clock, 1.0, 2.0 + i, shape)
-    known.collect()
-    densities = [known.of(shape).density for shape in [SHAPE, *OTHERS]]
-    assert densities == sorted(set(densities), reverse=True)
-    assert set(clock.started) == {CPU, META}
-
-
 def test_threads_of_several_devices_share_it(known, clock):
     shapes = [SHAPE._replace(heads=i) for i in range(1, 9)]
 
@@ -173,11 +163,7 @@ def test_threads_of_several_devices_share_it(known, clock):
                     known.stop(shape, side, 1, watch)
             known.collect()
 
-    threads = [threading.Thread(target=work, args=[shape]) for shape in shapes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, shapes)
     assert all(known.of(shape).sparse_seconds == 1.0 for shape in shapes)
     assert len(clock.started) == len(shapes) * 2 * (SAMPLES + 1)
 
@@ -401,19 +387,6 @@ def test_a_layer_that_stays_dense_needs_no_mask_for_a_new_row(monkeypatch):
     monkeypatch.setattr(SkipMask, "full", lambda *args, **kwargs: pytest.fail("a mask for a call that stays dense"))
     forward(run, 2)
     assert run.close().dense_calls == {DENSE_FASTER: 2}
-
-
-def test_several_shapes_are_each_compared_with_their_own():
-    run = sampling_run(8, above(0.05), warmup_steps=1)
-    for step in range(3):
-        for length in (N, 512):
-            forward_pass = run.forward_pass(model=length, rows=["r"], video_tokens=length)
-            parts = [x[:1] for x in tokens(step, length)]
-            forward_pass.attend(AttentionCall.from_hook(*parts, HEADS), LAYERS[0], lambda p=parts: dense(*p))
-        run.end_step(step)
-    summary = run.close()
-    assert summary.dense_calls == {DENSE_FASTER: 2}
-    assert [e["shape"].split(", ")[0] for e in summary.break_evens] == [f"2 heads x {n} tokens x 64" for n in (N, 512)]
 
 
 class GpuTimes(AttentionTimes):
