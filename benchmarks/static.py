@@ -3,11 +3,11 @@
     python benchmarks/static.py [--archs sm_89 sm_90] [--json FILE]
     python benchmarks/static.py --check     compare with benchmarks/static_pins.json; exit status 1 if something is off
     python benchmarks/static.py --pin       write that file anew
-    python benchmarks/static.py --every     also every other form that some settings launch, which is not pinned: an hour
+    python benchmarks/static.py --every     also every other form that any settings launch, not pinned: an hour
 
-Needs Triton (Linux) and no GPU; three minutes on two cores. Columns: compute tile, warps, stages and where decisions are
-recorded; registers per thread; spilled bytes; shared memory; of the main loop its instructions, asynchronous copies and
-tensor instructions; atomics of the whole kernel. Hard limits hold whatever is pinned: no spills in what the node's
+Needs Triton (Linux) and no GPU; three minutes on two cores. Columns: compute tile, warps, stages and where decisions
+are recorded; registers per thread; spilled bytes; shared memory; of the main loop its instructions, asynchronous copies
+and tensor instructions; atomics of the whole kernel. Hard limits hold whatever is pinned: no spills in what the node's
 defaults launch, shared memory of the architecture, no serialised wgmma, asynchronous copies.
 """
 

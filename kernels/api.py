@@ -95,8 +95,8 @@ def lite_attention(
     * With criterion "mass" it stays iff for at least one valid query row its share of the row's sum of exp(scores)
       over the tiles visited so far, itself included, is above 2 ** threshold. The sum only grows, so a dropped tile
       held at most that share of every row's attention, and n dropped tiles at most n * 2 ** threshold.
-    * With `pool_skipped` a skipped tile of n keys takes part as one key, the mean of its keys, n times, and as the mean of
-      its values, shifted by what the covariance of keys and values inside tiles tells (see `pooled.py`). While
+    * With `pool_skipped` a skipped tile of n keys takes part as one key, the mean of its keys, n times, and as the mean
+      of its values, shifted by what the covariance of keys and values inside tiles tells (see `pooled.py`). While
       recording, each row's threshold is divided by the fraction of a tile's attention that pooling loses,
       1 - exp(-variance of the row's scores inside tiles), at least 1/64, up to a threshold of 1/2.
     * Tiles under `must_keep` stay. The mask only shrinks until `SkipMask.reset`.
@@ -113,16 +113,17 @@ def lite_attention(
            float16, bfloat16 or float32; D is 64, 96 or 128. Never copied.
         k, v: the same layout, dtype and device with N_k keys.
         mask: one `SkipMask` of batch B, or B masks of batch 1 (one per batch entry, so that
-            entries can be batched differently from call to call), or None for every tile. Rewritten in place while recording.
+            entries can be batched differently from call to call), or None for every tile. Rewritten in place while
+            recording.
         threshold: log2, -inf..0. -10 drops tiles whose every weight is under 1/1024 of the row's strongest so far.
         criterion: "max" (the paper's) or "mass".
         record: False reads the mask and leaves it as it is.
-        pool_skipped: let each skipped tile be represented by its means and one covariance per head, and not vanish. About
-            3 % of a call that skips 57 % of its tiles (by operations; not yet measured). With nothing skipped the
+        pool_skipped: let each skipped tile be represented by its means and one covariance per head, and not vanish.
+            About 3 % of a call that skips 57 % of its tiles (by operations; not yet measured). With nothing skipped the
             result is that without it, bit for bit.
         must_keep: token ranges whose tiles stay.
         sm_scale: factor on q·k before softmax, default D ** -0.5.
-        return_lse: also return the natural-log log-sum-exp of the scaled scores over the computed tiles and pooled keys.
+        return_lse: also return the natural-log log-sum-exp of the scaled scores over computed tiles and pooled keys.
         precision: "full", "int8" or "auto" (see `precision_choice`). INT8 computes q·k from INT8 copies of q and k with
             a scale per 128 tokens, skips with a threshold lower by `INT8_GUARD`, and on GeForce architectures sums
             P·V in float16. There a NaN or Inf in q makes the results of its tile NaN, one in k those of its head.

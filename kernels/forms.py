@@ -44,8 +44,9 @@ class Form:
     @property
     def name(self) -> str:
         """"d128 bf16 int8 mass pooled ragged"."""
-        return " ".join([f"d{self.head_dim}", _DTYPE_NAMES[self.dtype], *(["int8"] if self.int8 else []), self.criterion,
-                         *(["pooled"] if self.pool_skipped else []), "ragged" if self.ragged else "even"])
+        words = [f"d{self.head_dim}", _DTYPE_NAMES[self.dtype], "int8" * self.int8, self.criterion,
+                 "pooled" * self.pool_skipped, "ragged" if self.ragged else "even"]
+        return " ".join(filter(None, words))
 
 
 def launchable(arch: str) -> list[Form]:

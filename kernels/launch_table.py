@@ -37,20 +37,9 @@ class LaunchConfig:
             raise ValueError(f"{self}: pv_fp16 sums at most 64 keys, BLOCK_N is at most 64")
 
 
-@dataclass(frozen=True)
-class CallKind:
-    """What a configuration is chosen by. `arch`: "sm_89", "gfx942", "cpu"; dtype: that of q, k, v."""
-
-    arch: str
-    head_dim: int
-    dtype: torch.dtype
-    int8: bool = False
-
-
 # Evidence: ahead-of-time compilation for each target with Triton 3.6 (`python benchmarks/static.py`: registers,
 # spills, shared memory, asynchronous copies, serialised wgmma). Speeds are not yet measured.
 _FLOAT32 = LaunchConfig(BLOCK_M=32, BLOCK_N=16, num_warps=4)  # tf32x3 holds six operands: larger tiles spill kilobytes
-_MMA_SYNC = LaunchConfig()
 _HOPPER = LaunchConfig(BLOCK_N=128, record_in_registers=False, tma=True)  # in registers, wgmma is serialised
 _BLACKWELL = LaunchConfig(BLOCK_N=128, tma=True)
 _CDNA = LaunchConfig(num_warps=4, num_stages=1, record_in_registers=False)
@@ -65,21 +54,21 @@ _BREAK_EVEN_DEFAULT = 0.90
 
 
 @lru_cache(maxsize=None)
-def launch_config(kind: CallKind) -> LaunchConfig:
-    """The configuration for one kind of call."""
-    if kind.dtype == torch.float32:
+def launch_config(arch: str, head_dim: int, dtype: torch.dtype, int8: bool = False) -> LaunchConfig:
+    """The configuration for one kind of call. arch: as `architecture` gives it; dtype: that of q, k, v."""
+    if dtype == torch.float32:
         return _FLOAT32
-    if kind.arch.startswith("gfx9"):
+    if arch.startswith("gfx9"):
         return _CDNA
-    if kind.arch.startswith("gfx"):
-        return _RDNA3 if kind.arch.startswith("gfx11") else _RDNA
-    if kind.arch == "sm_90":
-        return _HOPPER if kind.head_dim != 64 else replace(_HOPPER, BLOCK_N=64)
-    if kind.arch in ("sm_100", "sm_103"):
+    if arch.startswith("gfx"):
+        return _RDNA3 if arch.startswith("gfx11") else _RDNA
+    if arch == "sm_90":
+        return _HOPPER if head_dim != 64 else replace(_HOPPER, BLOCK_N=64)
+    if arch in ("sm_100", "sm_103"):
         return _BLACKWELL
-    # Padded to 128 channels, 96 leave no register for the decisions.
-    return replace(_MMA_SYNC, record_in_registers=kind.int8 or kind.head_dim != 96,
-                   pv_fp16=kind.int8 and (is_geforce(kind.arch) or kind.arch == "cpu"))
+    # Before sm_120, the masks of 96 channels padded to 128 leave no registers for the decisions.
+    in_registers = int8 or head_dim != 96 or arch in ("sm_120", "sm_121")
+    return LaunchConfig(record_in_registers=in_registers, pv_fp16=int8 and (is_geforce(arch) or arch == "cpu"))
 
 
 def is_geforce(arch: str) -> bool:

@@ -44,7 +44,8 @@ def precision_choice(device: torch.device, head_dim: int, dtype: torch.dtype, se
     return precision_on(architecture(device), dtype, seqlen, requested, backend)
 
 
-def precision_on(arch: str, dtype: torch.dtype, seqlen: int, requested: str, backend: str = "triton") -> PrecisionChoice:
+def precision_on(arch: str, dtype: torch.dtype, seqlen: int, requested: str,
+                 backend: str = "triton") -> PrecisionChoice:
     """`precision_choice` for an architecture as `launch_table` names it."""
     if requested not in PRECISIONS:
         raise ValueError(f"precision is {requested!r}; allowed: {', '.join(PRECISIONS)}")

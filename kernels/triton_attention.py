@@ -17,9 +17,9 @@ def _or(a, b):
 
 
 @triton.jit
-def _load(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, batch_entry, head, tile, first, n_left, stride_kn, stride_vn, qk_scale,
-          BLOCK_N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
-          INT8: tl.constexpr, PV_FP16: tl.constexpr):
+def _load(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, batch_entry, head, tile, first, n_left, stride_kn, stride_vn,
+          qk_scale, BLOCK_N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, MASKED: tl.constexpr,
+          TMA: tl.constexpr, INT8: tl.constexpr, PV_FP16: tl.constexpr):
     """k [D_PADDED, BLOCK_N], v [BLOCK_N, D_PADDED] from key `first` on, scale of their scores and of v.
 
     MASKED: keys from `n_left` on are past the end and come as zeros, as channels past D always do.
@@ -106,17 +106,16 @@ def _attend(q, k, v, acc, acc_unit, m_i, l_i, tile_mass, row_bits, word, words_p
     return acc, acc_unit, m_new, l_i, tile_mass, row_bits, word
 
 
-@triton.jit(do_not_specialize=["qk_scale", "threshold", "n_heads", "seqlen_q", "seqlen_k", "q_tiles", "k_tiles",
-                               "words_per_list", "list_stride"])
+@triton.jit(do_not_specialize=["qk_scale", "threshold", "n_heads", "seqlen_q", "seqlen_k"])
 def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
                      masks_ptr, lists_ptr, counts_ptr, order_ptr, row_threshold_ptr, pooled_lse_ptr,
                      stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                      stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
-                     qk_scale, threshold, n_heads, seqlen_q, seqlen_k, q_tiles, k_tiles, words_per_list, list_stride,
+                     qk_scale, threshold, n_heads, seqlen_q, seqlen_k,
                      TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
                      D_PADDED: tl.constexpr, RAGGED: tl.constexpr, RECORD_IN_REGISTERS: tl.constexpr,
                      MASS: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr, PV_FP16: tl.constexpr,
-                     HAS_LSE: tl.constexpr, POOLED: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr):
+                     HAS_LSE: tl.constexpr, POOLED: tl.constexpr, PRECISION: tl.constexpr):
     """One program per (batch entry, head, BLOCK_M query rows), query tile fastest so that a head's K, V stay in L2.
 
     Pointers as in `tile_list_kernel`; order: int64 [B*H*QT], which list each program takes. q, k, v, out are
@@ -130,6 +129,8 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
     """
     M_PARTS: tl.constexpr = TILE // BLOCK_M
     N_PARTS: tl.constexpr = TILE // BLOCK_N
+    q_tiles = tl.cdiv(seqlen_q, TILE)
+    k_tiles = tl.cdiv(seqlen_k, TILE)
     pid = tl.program_id(0)
     list_index = tl.load(order_ptr + pid // M_PARTS).to(tl.int32)
     query_tile = list_index % q_tiles
@@ -165,20 +166,20 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
     row_bits = tl.zeros([BLOCK_M], tl.int32)
     word = 0
     words_ptr = tl.load(masks_ptr + 2 * batch_entry).to(tl.pointer_type(tl.int32)) + (
-        (head_offset * q_tiles + query_tile) * words_per_list)
-    list_ptr = lists_ptr + list_index.to(tl.int64) * list_stride
+        (head_offset * q_tiles + query_tile) * tl.cdiv(k_tiles, 32))
+    list_ptr = lists_ptr + list_index.to(tl.int64) * (tl.cdiv(k_tiles, 16) * 16)
     n_active = tl.load(counts_ptr + list_index)
     n_partial = 0
     if RAGGED:
         final = tl.load(list_ptr + tl.maximum(n_active - 1, 0)).to(tl.int32)
         n_partial = ((n_active > 0) & (final == k_tiles - 1)).to(tl.int32)
 
-    for i in tl.range(0, (n_active - n_partial) * N_PARTS, num_stages=NUM_STAGES):
+    for i in tl.range(0, (n_active - n_partial) * N_PARTS):
         tile = tl.load(list_ptr + i // N_PARTS).to(tl.int32)
         first = tile * TILE + (i % N_PARTS) * BLOCK_N
         k, v, tile_scale, v_scale = _load(
-            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, batch_entry, head, tile, first, BLOCK_N, stride_kn, stride_vn, qk_scale,
-            BLOCK_N, D, D_PADDED, MASKED=False, TMA=TMA, INT8=INT8, PV_FP16=PV_FP16)
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, batch_entry, head, tile, first, BLOCK_N, stride_kn, stride_vn,
+            qk_scale, BLOCK_N, D, D_PADDED, MASKED=False, TMA=TMA, INT8=INT8, PV_FP16=PV_FP16)
         acc, acc_unit, m_i, l_i, tile_mass, row_bits, word = _attend(
             q, k, v, acc, acc_unit, m_i, l_i, tile_mass, row_bits, word, words_ptr, BLOCK_N, i % N_PARTS, N_PARTS, tile,
             tile_scale, v_scale, threshold, BLOCK_M, BLOCK_N, MASKED=False, RECORD_IN_REGISTERS=RECORD_IN_REGISTERS,

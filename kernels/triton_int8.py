@@ -20,17 +20,17 @@ V_FLOOR = tl.constexpr(0.015625)
 
 
 @triton.jit(do_not_specialize=["n_heads", "seqlen", "n_chunks"])
-def channel_sum_kernel(x_ptr, sums_ptr, stride_b, stride_h, stride_n, n_heads, seqlen, n_chunks,
+def channel_sum_kernel(k_ptr, sums_ptr, stride_kb, stride_kh, stride_kn, n_heads, seqlen, n_chunks,
                        CHUNK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Channel sums over CHUNK tokens. x: [B, H, N, D]; sums: float32 [B*H, n_chunks, D]. In a fixed order."""
+    """Channel sums over CHUNK tokens. k: [B, H, N, D]; sums: float32 [B*H, n_chunks, D]. In a fixed order."""
     chunk = tl.program_id(0) % n_chunks
     batch_head = tl.program_id(0) // n_chunks
-    base = x_ptr + (batch_head // n_heads).to(tl.int64) * stride_b + (batch_head % n_heads).to(tl.int64) * stride_h
+    base = k_ptr + (batch_head // n_heads).to(tl.int64) * stride_kb + (batch_head % n_heads).to(tl.int64) * stride_kh
     offs_d = tl.arange(0, D_PADDED)
     total = tl.zeros([D_PADDED], tl.float32)
     for start in range(0, CHUNK, BLOCK):
         offs_n = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        x = tl.load(base + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :],
+        x = tl.load(base + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :],
                     mask=(offs_n < seqlen)[:, None] & (offs_d < D)[None, :], other=0.0)
         total += tl.sum(x.to(tl.float32), 0)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + offs_d, total, mask=offs_d < D)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch_table import CallKind, LaunchConfig, architecture, launch_config
+from .launch_table import LaunchConfig, architecture, launch_config
 from .mask import TILE, WORD_BITS, MustKeep, tiles
 from .pooled import RAISED_MAX
 from .pooled import STAKE_MIN as LOST_MIN
@@ -36,7 +36,6 @@ class _TileLists(NamedTuple):
 
     lists_ptr: Tensor
     counts_ptr: Tensor
-    list_stride: int
 
     def order(self, workspace: Workspace, seqlen_q: int) -> Tensor:
         """int64, all lists in the order in which programs take them."""
@@ -53,8 +52,8 @@ class _Pooled(NamedTuple):
 
 
 class _Int8(NamedTuple):
-    """INT8 copies of q and k, v or a scaled float16 copy of it, the scales of the three, and the mean [B, H, 1, D] that
-    k is without."""
+    """What `_int8_copies` has made: q and k in INT8, v or a scaled float16 copy of it, the scales of the three, and the
+    mean [B, H, 1, D] that was taken off k."""
 
     q: Tensor
     k: Tensor
@@ -79,24 +78,29 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     Raises:
         torch.OutOfMemoryError: no memory for the INT8 copies or the pooled keys; masks and counter are as before.
     """
-    device = q.device
+    _, heads, seqlen_q, head_dim = q.shape
+    seqlen_k, device = k.shape[2], q.device
     arch = architecture(device)
-    config = config or launch_config(CallKind(arch, q.shape[-1], q.dtype, int8))
-    precision = "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"
+    config = config or launch_config(arch, head_dim, q.dtype, int8)
+    # What several kernels take, by their names of it.
+    common = {"n_heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "TILE": TILE, "D": head_dim,
+              "D_PADDED": _padded(head_dim), "MASS": mass,
+              "PRECISION": "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if int8:
             threshold -= INT8_GUARD
         threshold = 2.0 ** threshold if mass else threshold
-        masks = workspace.mask_table(tuple((m.words[e].data_ptr(), int(b))
-                                           for (m, e), b in zip(entries, backwards, strict=True)), device)
-        copies = _int8_copies(q, k, v, config.pv_fp16) if int8 else None
-        pooled = _attend_pooled(q, k, v, out, masks, copies and copies.key_mean, sm_scale, threshold, mass, precision,
-                                workspace) if pool_skipped else _Pooled()
-        lists = None
+        masks = workspace.mask_table(tuple([(m.words.data_ptr() + 4 * m.words.stride(0) * e, int(b))
+                                            for (m, e), b in zip(entries, backwards, strict=True)]), device)
+        copies, pooled, lists = None, _Pooled(), None
+        if int8:
+            copies = _int8_copies(q, k, v, config.pv_fp16)
+        if pool_skipped:
+            pooled = _attend_pooled(q, k, v, out, masks, copies, sm_scale, threshold, common, workspace)
         try:
-            lists = _tile_lists(q, k, masks, recording, must_keep, workspace, computed)
-            _attend(q, k, v, out, lse, masks, lists, lists.order(workspace, q.shape[2]), copies, pooled, sm_scale * _LOG2E,
-                    threshold, mass, precision, config)
+            lists = _tile_lists(masks, recording, must_keep, computed, heads, seqlen_q, seqlen_k, workspace)
+            order = lists.order(workspace, seqlen_q)
+            _attend(q, k, v, out, lse, masks, lists, order, copies, pooled, sm_scale, threshold, common, config)
         except Exception:
             if computed is not None and lists is not None:
                 with suppress(RuntimeError):  # a device that has failed refuses this too
@@ -107,50 +111,42 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
             raise
 
 
-def _tile_lists(q: Tensor, k: Tensor, masks: Tensor, recording: bool, must_keep: MustKeep | None, workspace: Workspace,
-                computed: Tensor | None) -> _TileLists:
+def _tile_lists(masks: Tensor, recording: bool, must_keep: MustKeep | None, computed: Tensor | None, heads: int,
+                seqlen_q: int, seqlen_k: int, workspace: Workspace) -> _TileLists:
     """Mask bits to tile lists."""
-    batch, heads, seqlen_q, _ = q.shape
-    seqlen_k = k.shape[2]
-    k_tiles = tiles(seqlen_k)
-    n_lists, list_stride = batch * heads * tiles(seqlen_q), -(-k_tiles // 16) * 16
-    words_per_list = -(-k_tiles // WORD_BITS)
-    lists = workspace.buffer("lists", n_lists * list_stride, torch.int16, q.device)
-    counts = workspace.buffer("counts", n_lists, torch.int32, q.device)[:n_lists]
-    has_must = must_keep is not None and recording
+    k_tiles, n_lists = tiles(seqlen_k), masks.shape[0] * heads * tiles(seqlen_q)
+    lists = workspace.buffer("lists", n_lists * -(-k_tiles // 16) * 16, torch.int16, masks.device)
+    counts = workspace.buffer("counts", n_lists, torch.int32, masks.device)[:n_lists]
+    must = None
+    if must_keep is not None and recording:
+        must = workspace.must_words(must_keep, seqlen_q, seqlen_k, masks.device)
     tile_list_kernel[(n_lists,)](
-        masks_ptr=masks, must_ptr=workspace.must_words(must_keep, seqlen_q, seqlen_k, q.device) if has_must else None,
-        lists_ptr=lists, counts_ptr=counts, computed_ptr=computed, n_heads=heads, q_tiles=tiles(seqlen_q),
-        k_tiles=k_tiles, words_per_list=words_per_list, list_stride=list_stride,
-        n_counters=0 if computed is None else computed.numel(), RAGGED=seqlen_k % TILE != 0, REWRITE=recording,
-        HAS_MUST=has_must, COUNTS=computed is not None, CHUNK=8 if words_per_list <= 8 else 32, num_warps=4)
-    return _TileLists(lists, counts, list_stride)
+        masks_ptr=masks, must_ptr=must, lists_ptr=lists, counts_ptr=counts, computed_ptr=computed, n_heads=heads,
+        seqlen_q=seqlen_q, seqlen_k=seqlen_k, n_counters=0 if computed is None else computed.numel(), TILE=TILE,
+        REWRITE=recording, HAS_MUST=must is not None, COUNTS=computed is not None,
+        CHUNK=8 if k_tiles <= 8 * WORD_BITS else 32, num_warps=4)
+    return _TileLists(lists, counts)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, masks: Tensor, lists: _TileLists,
-            order: Tensor, copies: _Int8 | None, pooled: _Pooled, qk_scale: float, threshold: float, mass: bool,
-            precision: str, config: LaunchConfig) -> None:
+            order: Tensor, copies: _Int8 | None, pooled: _Pooled, sm_scale: float, threshold: float, common: dict,
+            config: LaunchConfig) -> None:
     """Attention over the tile lists."""
-    batch, heads, seqlen_q, head_dim = q.shape
-    seqlen_k = k.shape[2]
+    q_scale = k_scale = v_scale = None
     if copies is not None:
-        q, k, v = copies.q, copies.k, copies.v
-    (stride_qb, stride_qh, stride_qn, _), (stride_ob, stride_oh, stride_on, _) = q.stride(), out.stride()
-    (stride_kb, stride_kh, stride_kn, _), (stride_vb, stride_vh, stride_vn, _) = k.stride(), v.stride()
+        q, k, v, q_scale, k_scale, v_scale, _ = copies
+    strides = _strides(q=q, k=k, v=v, o=out)
     tma = config.tma and _has_descriptor(k) and _has_descriptor(v)
+    if tma:
+        k, v = _descriptor(k, config.BLOCK_N), _descriptor(v, config.BLOCK_N)
     attention_kernel[(lists.counts_ptr.numel() * (TILE // config.BLOCK_M),)](
-        q_ptr=q, k_ptr=_descriptor(k, config.BLOCK_N) if tma else k, v_ptr=_descriptor(v, config.BLOCK_N) if tma else v,
-        out_ptr=out, lse_ptr=lse, q_scale_ptr=copies and copies.q_scale, k_scale_ptr=copies and copies.k_scale,
-        v_scale_ptr=copies and copies.v_scale, masks_ptr=masks, order_ptr=order, **lists._asdict(), **pooled._asdict(),
-        stride_qb=stride_qb, stride_qh=stride_qh, stride_qn=stride_qn, stride_kb=stride_kb, stride_kh=stride_kh,
-        stride_kn=stride_kn, stride_vb=stride_vb, stride_vh=stride_vh, stride_vn=stride_vn, stride_ob=stride_ob,
-        stride_oh=stride_oh, stride_on=stride_on, qk_scale=qk_scale, threshold=threshold, n_heads=heads,
-        seqlen_q=seqlen_q, seqlen_k=seqlen_k, q_tiles=tiles(seqlen_q), k_tiles=tiles(seqlen_k),
-        words_per_list=-(-tiles(seqlen_k) // WORD_BITS), TILE=TILE, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-        D=head_dim, D_PADDED=_padded(head_dim), RAGGED=seqlen_k % TILE != 0,
-        RECORD_IN_REGISTERS=config.record_in_registers, MASS=mass, TMA=tma, INT8=copies is not None,
-        PV_FP16=copies is not None and config.pv_fp16, HAS_LSE=lse is not None,
-        POOLED=pooled.row_threshold_ptr is not None, PRECISION=precision, NUM_STAGES=config.num_stages,
+        q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, q_scale_ptr=q_scale, k_scale_ptr=k_scale,
+        v_scale_ptr=v_scale, masks_ptr=masks, lists_ptr=lists.lists_ptr, counts_ptr=lists.counts_ptr, order_ptr=order,
+        row_threshold_ptr=pooled.row_threshold_ptr, pooled_lse_ptr=pooled.pooled_lse_ptr, **strides,
+        qk_scale=sm_scale * _LOG2E, threshold=threshold, **common,
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, RAGGED=common["seqlen_k"] % TILE != 0,
+        RECORD_IN_REGISTERS=config.record_in_registers, TMA=tma, INT8=copies is not None,
+        PV_FP16=v_scale is not None, HAS_LSE=lse is not None, POOLED=pooled.row_threshold_ptr is not None,
         num_warps=config.num_warps, num_stages=config.num_stages)
 
 
@@ -160,8 +156,6 @@ def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool) -> _Int8:
     seqlen_k = k.shape[2]
     q_tiles, k_tiles = tiles(seqlen_q), tiles(seqlen_k)
     n_chunks = -(-seqlen_k // MEAN_CHUNK)
-    (stride_qb, stride_qh, stride_qn, _), (stride_vb, stride_vh, stride_vn, _) = q.stride(), v.stride()
-    stride_kb, stride_kh, stride_kn, _ = k.stride()
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
@@ -172,51 +166,54 @@ def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool) -> _Int8:
     v_scale = empty(torch.float32, k_tiles) if v_fp16 else None
     sums = empty(torch.float32, n_chunks, head_dim)
     channel_sum_kernel[(batch * heads * n_chunks,)](
-        x_ptr=k, sums_ptr=sums, stride_b=stride_kb, stride_h=stride_kh, stride_n=stride_kn, n_heads=heads,
-        seqlen=seqlen_k, n_chunks=n_chunks, CHUNK=MEAN_CHUNK, BLOCK=64, D=head_dim, D_PADDED=_padded(head_dim), num_warps=8)
+        k_ptr=k, sums_ptr=sums, **_strides(k=k), n_heads=heads, seqlen=seqlen_k, n_chunks=n_chunks, CHUNK=MEAN_CHUNK,
+        BLOCK=64, D=head_dim, D_PADDED=_padded(head_dim), num_warps=8)
     quantize_kernel[(batch * heads * max(q_tiles, k_tiles),)](
         q_ptr=q, k_ptr=k, v_ptr=v, sums_ptr=sums, q8_ptr=q8, k8_ptr=k8, v16_ptr=v16, q_scale_ptr=q_scale,
-        k_scale_ptr=k_scale, v_scale_ptr=v_scale, stride_qb=stride_qb, stride_qh=stride_qh, stride_qn=stride_qn,
-        stride_kb=stride_kb, stride_kh=stride_kh, stride_kn=stride_kn, stride_vb=stride_vb, stride_vh=stride_vh,
-        stride_vn=stride_vn, n_heads=heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k, q_tiles=q_tiles, k_tiles=k_tiles,
-        n_chunks=n_chunks, TILE=TILE, D=head_dim, D_PADDED=_padded(head_dim), V_FP16=v_fp16, num_warps=8)
+        k_scale_ptr=k_scale, v_scale_ptr=v_scale, **_strides(q=q, k=k, v=v), n_heads=heads, seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k, q_tiles=q_tiles, k_tiles=k_tiles, n_chunks=n_chunks, TILE=TILE, D=head_dim,
+        D_PADDED=_padded(head_dim), V_FP16=v_fp16, num_warps=8)
     return _Int8(q8, k8, v16 if v_fp16 else v, q_scale, k_scale, v_scale, sums.sum(2, keepdim=True).div_(seqlen_k))
 
 
-def _attend_pooled(q: Tensor, k: Tensor, v: Tensor, out: Tensor, masks: Tensor, key_mean: Tensor | None, sm_scale: float,
-                   threshold: float, mass: bool, precision: str, workspace: Workspace) -> _Pooled:
-    """Attention over the pooled keys of skipped tiles, and the rows' thresholds. key_mean: to be taken off the keys."""
+def _attend_pooled(q: Tensor, k: Tensor, v: Tensor, out: Tensor, masks: Tensor, copies: _Int8 | None, sm_scale: float,
+                   threshold: float, common: dict, workspace: Workspace) -> _Pooled:
+    """Attention over the pooled keys of skipped tiles, and the rows' thresholds."""
     batch, heads, seqlen_k, head_dim = k.shape
     seqlen_q, k_tiles = q.shape[2], tiles(seqlen_k)
-    (stride_qb, stride_qh, stride_qn, _), (stride_ob, stride_oh, stride_on, _) = q.stride(), out.stride()
-    (stride_kb, stride_kh, stride_kn, _), (stride_vb, stride_vh, stride_vn, _) = k.stride(), v.stride()
     keys, values = (torch.empty(batch, heads, k_tiles, head_dim, dtype=k.dtype, device=k.device) for _ in range(2))
     chunk_tiles = -(-k_tiles // POOL_CHUNKS)
     n_chunks = -(-k_tiles // chunk_tiles)
     partial = torch.empty(batch, heads, n_chunks, 2, head_dim, head_dim, dtype=torch.float32, device=k.device)
     pool_kernel[(batch * heads * n_chunks * 2,)](
-        k_ptr=k, v_ptr=v, keys_ptr=keys, values_ptr=values, moments_ptr=partial, stride_kb=stride_kb, stride_kh=stride_kh,
-        stride_kn=stride_kn, stride_vb=stride_vb, stride_vh=stride_vh, stride_vn=stride_vn, n_heads=heads, seqlen=seqlen_k,
-        n_tiles=k_tiles, n_chunks=n_chunks, chunk_tiles=chunk_tiles, TILE=TILE, BLOCK_N=64 if k.itemsize == 2 else 32,
-        D=head_dim, D_PADDED=_padded(head_dim), PRECISION=precision, num_warps=8, num_stages=1)
+        k_ptr=k, v_ptr=v, keys_ptr=keys, values_ptr=values, moments_ptr=partial, **_strides(k=k, v=v), n_heads=heads,
+        seqlen=seqlen_k, n_tiles=k_tiles, n_chunks=n_chunks, chunk_tiles=chunk_tiles, TILE=TILE,
+        BLOCK_N=64 if k.itemsize == 2 else 32, D=head_dim, D_PADDED=_padded(head_dim), PRECISION=common["PRECISION"],
+        num_warps=8, num_stages=1)
     moments = partial.sum(2)
     # Divided by its largest element, a covariance fits into float16 whatever the range of k and v.
     largest = torch.linalg.vector_norm(moments, math.inf, (-1, -2)).clamp_min_(1e-20)
     moments = moments.div_(largest[..., None, None]).to(k.dtype)
-    if key_mean is not None:
-        keys.sub_(key_mean)
+    if copies is not None:
+        keys.sub_(copies.key_mean)
     row_threshold, pooled_lse = (workspace.buffer(name, batch * heads * seqlen_q, torch.float32, q.device)
                                  for name in ("row threshold", "pooled lse"))
     block_m, num_warps = (128, 8) if q.itemsize == 2 else (32, 4)
     pooled_attention_kernel[(batch * heads * tiles(seqlen_q) * (TILE // block_m),)](
         q_ptr=q, out_ptr=out, masks_ptr=masks, keys_ptr=keys, values_ptr=values, moments_ptr=moments,
-        moment_scale_ptr=largest.div_(seqlen_k), row_threshold_ptr=row_threshold, pooled_lse_ptr=pooled_lse, stride_qb=stride_qb,
-        stride_qh=stride_qh, stride_qn=stride_qn, stride_ob=stride_ob, stride_oh=stride_oh, stride_on=stride_on,
-        sm_scale=sm_scale, threshold=threshold, n_heads=heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k,
-        q_tiles=tiles(seqlen_q), k_tiles=k_tiles, words_per_list=-(-k_tiles // WORD_BITS), TILE=TILE, BLOCK_M=block_m,
-        D=head_dim, D_PADDED=_padded(head_dim), MASS=mass, LOST_MIN=LOST_MIN, RAISED_MAX=RAISED_MAX,
-        PRECISION=precision, num_warps=num_warps, num_stages=1)
+        moment_scale_ptr=largest.div_(seqlen_k), row_threshold_ptr=row_threshold, pooled_lse_ptr=pooled_lse,
+        **_strides(q=q, o=out), sm_scale=sm_scale, threshold=threshold, **common, BLOCK_M=block_m, LOST_MIN=LOST_MIN,
+        RAISED_MAX=RAISED_MAX, num_warps=num_warps, num_stages=1)
     return _Pooled(row_threshold, pooled_lse)
+
+
+_STRIDE_NAMES = {x: [f"stride_{x}{axis}" for axis in "bhn"] for x in "qkvo"}
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Of q, k, v and the output o [B, H, N, D], by the kernels' names of them: stride_qb, stride_qh, stride_qn, …"""
+    return {name: stride for x, tensor in tensors.items()
+            for name, stride in zip(_STRIDE_NAMES[x], tensor.stride(), strict=False)}
 
 
 def _padded(head_dim: int) -> int:

@@ -115,12 +115,10 @@ def _raised_threshold(threshold, variance, MASS: tl.constexpr, LOST_MIN: tl.cons
     return tl.where(value > limit, limit, value)
 
 
-@triton.jit(do_not_specialize=["sm_scale", "threshold", "n_heads", "seqlen_q", "seqlen_k", "q_tiles", "k_tiles",
-                               "words_per_list"])
+@triton.jit(do_not_specialize=["sm_scale", "threshold", "n_heads", "seqlen_q", "seqlen_k"])
 def pooled_attention_kernel(q_ptr, out_ptr, masks_ptr, keys_ptr, values_ptr, moments_ptr, moment_scale_ptr,
                             row_threshold_ptr, pooled_lse_ptr, stride_qb, stride_qh, stride_qn, stride_ob, stride_oh,
-                            stride_on, sm_scale, threshold, n_heads, seqlen_q, seqlen_k, q_tiles, k_tiles,
-                            words_per_list,
+                            stride_on, sm_scale, threshold, n_heads, seqlen_q, seqlen_k,
                             TILE: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
                             MASS: tl.constexpr, LOST_MIN: tl.constexpr, RAISED_MAX: tl.constexpr,
                             PRECISION: tl.constexpr):
@@ -132,6 +130,9 @@ def pooled_attention_kernel(q_ptr, out_ptr, masks_ptr, keys_ptr, values_ptr, mom
     tile, out [B, H, N_q, D] and its log2-sum-exp pooled_lse, float32 [B, H, N_q].
     """
     M_PARTS: tl.constexpr = TILE // BLOCK_M
+    q_tiles = tl.cdiv(seqlen_q, TILE)
+    k_tiles = tl.cdiv(seqlen_k, TILE)
+    words_per_list = tl.cdiv(k_tiles, _POOLED)
     pid = tl.program_id(0)
     query_tile = pid // M_PARTS % q_tiles
     batch_head = pid // M_PARTS // q_tiles
@@ -168,7 +169,8 @@ def pooled_attention_kernel(q_ptr, out_ptr, masks_ptr, keys_ptr, values_ptr, mom
         if n_here > 0:
             n_skipped += n_here
             n_keys = tl.minimum(tl.maximum(seqlen_k - tile * TILE, 1), TILE)
-            k = tl.load(keys_ptr + tile[None, :] * D + offs_d[:, None], mask=skipped[None, :] & in_d[:, None], other=0.0)
+            k = tl.load(keys_ptr + tile[None, :] * D + offs_d[:, None], mask=skipped[None, :] & in_d[:, None],
+                        other=0.0)
             s = tl.dot(q, k, input_precision=PRECISION) * (sm_scale * 1.4426950408889634)
             s = tl.where(skipped[None, :], s + tl.math.log2(n_keys.to(tl.float32))[None, :], -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -177,7 +179,8 @@ def pooled_attention_kernel(q_ptr, out_ptr, masks_ptr, keys_ptr, values_ptr, mom
             alpha = tl.math.exp2(m_i - m_safe)
             l_i = l_i * alpha + tl.sum(p, 1)
             # The value of a tile that is not skipped has weight 0, but 0 * NaN is NaN.
-            v = tl.load(values_ptr + tile[:, None] * D + offs_d[None, :], mask=skipped[:, None] & in_d[None, :], other=0.0)
+            v = tl.load(values_ptr + tile[:, None] * D + offs_d[None, :], mask=skipped[:, None] & in_d[None, :],
+                        other=0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
             m_i = m_new
     if n_skipped > 0:
@@ -187,7 +190,8 @@ def pooled_attention_kernel(q_ptr, out_ptr, masks_ptr, keys_ptr, values_ptr, mom
         weight = tl.math.exp2(variance * -0.7213475204444817) * sm_scale  # exp(-variance / 2)
         for channel in tl.range(0, D, 32, num_stages=1):
             part = tl.load(q_rows[:, None] + channel + offs[None, :]).to(tl.float32) * weight[:, None]
-            shift = tl.load(moments_ptr + (channel + offs)[:, None] * D + offs_d[None, :], mask=in_d[None, :], other=0.0)
+            shift = tl.load(moments_ptr + (channel + offs)[:, None] * D + offs_d[None, :], mask=in_d[None, :],
+                            other=0.0)
             acc = tl.dot(part.to(shift.dtype), shift, acc, input_precision=PRECISION)
         out_rows = out_ptr + batch_entry * stride_ob + head * stride_oh + offs_m.to(tl.int64) * stride_on
         tl.store(out_rows[:, None] + offs_d[None, :], (acc * shift_scale).to(out_ptr.dtype.element_ty),

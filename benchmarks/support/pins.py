@@ -21,8 +21,8 @@ KEPT = (*EXACT, *GROWTH, "instructions", "shared_reads")
 """What is written into the file. The last two are compared with nothing."""
 
 SPILL, LOOP_SPILL = 128, 12
-"""Bytes that a kernel may spill beside the forms that the node's defaults launch, which may not; and loads and stores of
-them in the main loop. Such are float32, three TF32 products whose operands leave no register free, and head_dim 96."""
+"""Bytes that a kernel may spill if the node's defaults do not launch it, and loads and stores of them in the main loop.
+Such are float32, three TF32 products whose operands leave no register free, and head_dim 96."""
 
 
 def limits(variant: Variant, row: dict) -> list[str]:

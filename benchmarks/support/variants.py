@@ -47,7 +47,7 @@ class Variant:
 
 
 def variants(arch: str) -> list[Variant]:
-    """What is pinned for one architecture: the attention kernel of each form near the defaults, every kernel of those."""
+    """What is pinned for one architecture: every kernel of default forms, the attention kernel of near ones."""
     near = [Variant(arch, form) for form in forms.near_defaults(arch)]
     return list(dict.fromkeys([*default_variants(arch), *near]))
 
@@ -81,9 +81,9 @@ def amd_gate_variants() -> list[Variant]:
 
 def config_of(variant: Variant):
     """The `LaunchConfig` of the table for this variant."""
-    from liteattention.kernels.launch_table import CallKind, launch_config
+    from liteattention.kernels.launch_table import launch_config
 
-    return launch_config(CallKind(variant.arch, variant.form.head_dim, variant.form.dtype, variant.form.int8))
+    return launch_config(variant.arch, variant.form.head_dim, variant.form.dtype, variant.form.int8)
 
 
 def compile_variant(variant: Variant, config=None):

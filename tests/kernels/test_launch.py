@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from liteattention.kernels import DTYPES, HEAD_DIMS, TILE, break_even_density, forms, launch_table
-from liteattention.kernels.launch_table import CallKind, LaunchConfig, architecture, launch_config
+from liteattention.kernels.launch_table import LaunchConfig, architecture, launch_config
 
 ARCHITECTURES = [*forms.NVIDIA, *forms.AMD, "cpu"]
 
@@ -14,7 +14,7 @@ ARCHITECTURES = [*forms.NVIDIA, *forms.AMD, "cpu"]
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("int8", [False, True])
 def test_every_call_that_is_served_has_a_launch(arch, head_dim, dtype, int8):
-    config = launch_config(CallKind(arch, head_dim, dtype, int8))
+    config = launch_config(arch, head_dim, dtype, int8)
     assert TILE % config.BLOCK_M == TILE % config.BLOCK_N == 0
     assert min(config.BLOCK_M, config.BLOCK_N) >= 16, "tl.dot takes no less"
     assert not config.tma or arch in ("sm_90", "sm_100", "sm_103")
