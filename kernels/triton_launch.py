@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch_table import CallKind, LaunchConfig, architecture, launch_config
 from .mask import MAX_KEY_TILES, TILE, WORD_BITS, MustKeep, tiles
-from .pooled import RAISED_MAX, STAKE_MIN
+from .pooled import LOST_MIN, RAISED_MAX
 from .precision import INT8_GUARD
 from .triton_attention import attention_kernel
 from .triton_int8 import MEAN_CHUNK, channel_sum_kernel, quantize_kernel
@@ -177,7 +177,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, sc
              sizes.row_words, sizes.list_stride, lists.turn),
             (TILE, config.BLOCK_M, config.BLOCK_N, d_main, head_dim - d_main, dense, sizes.seqlen_k % TILE != 0,
              lists.cost_classes, record, mass, branch, tma, int8, int8 and config.pv_fp16, lse is not None,
-             stand_ins is not None, STAKE_MIN, RAISED_MAX, precision, config.num_stages),
+             stand_ins is not None, LOST_MIN, RAISED_MAX, precision, config.num_stages),
             config.num_warps, config.num_stages)
 
 
