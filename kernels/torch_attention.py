@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .mask import TILE, MustKeep, pack_bits, tiles, unpack_words
 from .pooled import Pooled, pool_tiles
-from .torch_tiles import CHUNK, Part, scripted
+from .torch_tiles import SCRATCH, Part, scripted
 from .worker_pool import run_parts
 from .workspace import Workspace
 
@@ -42,7 +42,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
 
     def make_worker() -> Callable[[tuple[int, int, int]], None]:
         attend = scripted(q.device.type)
-        scratch = torch.empty(TILE * CHUNK * TILE, device=q.device)
+        scratch = torch.empty(SCRATCH, device=q.device)
 
         def work(place: tuple[int, int, int]) -> None:
             b, h, first = place
