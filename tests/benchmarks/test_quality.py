@@ -14,7 +14,7 @@ from support.sol import BLOCK, sol_attention, sol_routes
 
 from liteattention.demo.pixels import psnr
 from liteattention.kernels import SkipMask, lite_attention
-from liteattention.kernels.pooled import STAKE_MIN, score_variance, summarize
+from liteattention.kernels.pooled import LOST_MIN, pool_tiles, score_variance
 
 DENSE = torch.nn.functional.scaled_dot_product_attention
 
@@ -266,8 +266,8 @@ def test_no_token_of_a_trained_model_loses_more_than_the_budget(trained, pool_sk
     for q, k in trained:
         stake = 1.0
         if pool_skipped:
-            variance = score_variance(q * q.shape[-1] ** -0.5, summarize(k, k).spread)
-            stake = (1 - (-variance).exp()).clamp(STAKE_MIN, 1).squeeze(-1)
+            variance = score_variance(q * q.shape[-1] ** -0.5, pool_tiles(k, k).spread)
+            stake = (1 - (-variance).exp()).clamp(LOST_MIN, 1).squeeze(-1)
         for budget in (0.05, 0.3):
             mask = SkipMask.full(*q.shape[:3])
             lite_attention(q, k, k, mask, threshold=math.log2(budget / math.ceil(q.shape[2] / 128)), criterion="mass",
