@@ -15,7 +15,7 @@ from .worker_pool import run_parts
 from .workspace import Workspace
 
 _GROUP = 4
-"""Query tiles in one part of a call, fewer in small calls: what is done once per row is done for all of them at once."""
+"""Query tiles in one part of a call, fewer in small calls: work per row is done for all of them at once."""
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,

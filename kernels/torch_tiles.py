@@ -1,8 +1,8 @@
 """Attention of neighbouring query tiles in torch operators, as functions that TorchScript can run.
 
-Scripted, they hold Python's lock only while they are called. Threads that call small operators from Python wait for that
-lock at every operator (measured with two threads at 8192 tokens: 1.36 times the time). Where there is no TorchScript the
-same functions run as they are.
+Scripted, they hold Python's lock only while they are called. Threads that call small operators from Python wait for
+that lock at every operator (measured with two threads at 8192 tokens: 1.36 times the time). Where there is no
+TorchScript the same functions run as they are.
 """
 # No postponed annotations: TorchScript reads them.
 
@@ -20,7 +20,7 @@ from .mask import TILE
 from .pooled import raised
 
 CHUNK = 8
-"""About as many key tiles are taken at once, less than 1.5 times as many: their scores, 512 KB, stay in a core's cache."""
+"""Key tiles taken at once, up to 1.5 times as many: their scores, 512 KB, stay in a core's cache."""
 
 SCRATCH = TILE * (CHUNK + CHUNK // 2) * TILE
 
@@ -174,8 +174,8 @@ def _add_pooled(queries: Tensor, pooled: list[Tensor], active: Tensor, row_max: 
 
 
 def _stays(visited: Tensor, thresholds: Tensor, mass: bool) -> Tensor:
-    """Which rows want a tile to stay, bool [rows, tiles]. visited: strengths of the tiles in visit order, -inf where not
-    active; thresholds: natural log, [rows, 1]."""
+    """Which rows want a tile to stay, bool [rows, tiles]. visited: strengths of the tiles in visit order, -inf where
+    not active; thresholds: natural log, [rows, 1]."""
     if mass:
         reference = visited.logcumsumexp(1)  # the tile itself included
     else:

@@ -147,7 +147,7 @@ def server(monkeypatch):
 
 
 def test_a_first_sampler_out_of_the_cache_is_continued_again(kit, server):
-    """The user changes something behind the first sampler only: ComfyUI does not run it anew, and its masks are there."""
+    """Something changes behind the first sampler only: ComfyUI does not run it anew, and its masks are there."""
     first, second, handles = linked(kit)
     server("one")
     kit.sample(first)

@@ -1,4 +1,4 @@
-"""The torch backend: groups of query tiles, threads, the functions with and without TorchScript, weights that underflow."""
+"""The torch backend: groups of query tiles, threads, with and without TorchScript, weights that underflow."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Threads that share the parts of a call: each part once, errors and interrupts, everybody's number of torch threads."""
+"""Threads that share the parts of a call: each part once, errors, interrupts, everybody's number of threads."""
 
 import os
 import subprocess
