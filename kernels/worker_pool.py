@@ -31,8 +31,8 @@ def run_parts(make_worker: Callable[[], Callable[[Part], None]], parts: Iterable
     """Compute every part once, in inference mode; returns when all are done.
 
     On a CPU as many parts at a time as the caller has torch threads; on other devices, or with one thread, one by one
-    in the calling thread. Parts must not depend on each other: then the result does not depend on the number of threads.
-    Calls from several threads share the workers.
+    in the calling thread. Parts must not depend on each other: then the result does not depend on the number of
+    threads. Calls from several threads share the workers.
 
     Args:
         make_worker: called once in each thread that takes part; what it returns computes one part.

@@ -281,7 +281,7 @@ class AttentionTimes:
         Args:
             densities: active share of each layer's tiles when last seen.
         """
-        self._guarded(BreakEvens.collect)
+        self._guarded(lambda known: known.collect())
         for layer in self._shapes:
             self._dense_steps[layer] = self._dense_steps[layer] + 1 if layer in self._too_dense else 0
 
