@@ -46,7 +46,8 @@ def measure(comfy_path: Path) -> list[dict]:
     """A row for every case and combination."""
     from safetensors.torch import load_file
 
-    from liteattention.demo.pixels import decode, from_comfy_latent, psnr
+    from liteattention.benchmarks.demo_pipeline.clips import psnr
+    from liteattention.demo.pixels import decode, from_comfy_latent
     from liteattention.tools.server import ComfyServer
 
     rows = []

@@ -1,10 +1,10 @@
-"""Is a clip made with a calibrated profile closer to the dense one than a clip made with an error budget that skips as much?
+"""Is a clip made with a calibrated profile closer to the dense one than with an error budget that skips as much?
 
     python benchmarks/profile_against_budget.py [--targets 0.02 0.05] --out FILE
 
 Calibrates the demo model once per target on one prompt, then runs every case dense, with the profile and with budgets
-that bracket the profile's skipped share, and interpolates the budgets' PSNR at that share. Rule, decided before the run:
-profiles stay if they lead by at least 1 dB in the least of the unseen cases.
+that bracket the profile's skipped share, and interpolates the budgets' PSNR at that share. Rule, decided before the
+run: profiles stay if they lead by at least 1 dB in the least of the unseen cases.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def main() -> None:
                   f"lead {row['lead_db']}", flush=True)
     verdict = {}
     for target in args.targets:
-        leads = [r["lead_db"] for r in report.rows if r["unseen"] and r["target"] == target and r["lead_db"] is not None]
+        leads = [r["lead_db"] for r in report.rows
+                 if r["unseen"] and r["target"] == target and r["lead_db"] is not None]
         verdict[f"target {target:g}"] = {"cases": len(leads), "least": min(leads), "mean": sum(leads) / len(leads),
                                          "largest": max(leads)}
     report.finish(verdict=verdict)

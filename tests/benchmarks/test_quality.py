@@ -12,7 +12,7 @@ from support.quality_report import frontier, points, psnr_at, verdict
 from support.quality_runs import CASES, trace
 from support.sol import BLOCK, sol_attention, sol_routes
 
-from liteattention.demo.pixels import psnr
+from liteattention.benchmarks.demo_pipeline.clips import psnr
 from liteattention.kernels import SkipMask, lite_attention
 from liteattention.kernels.pooled import STAKE_MIN, score_variance, summarize
 
@@ -170,7 +170,8 @@ def test_simulation_at_128_is_the_real_attention(seqlen, criterion, level, pool_
     mask, keep = SkipMask.full(*q.shape[:3]), None
     for step in range(3):
         before = mask.to_bool()
-        out = lite_attention(q, k, v, mask, threshold=level, criterion=criterion, pool_skipped=pool_skipped, backend="torch")
+        out = lite_attention(q, k, v, mask, threshold=level, criterion=criterion, pool_skipped=pool_skipped,
+                             backend="torch")
         got = simulate(q, k, v, keep, setting, step % 2 == 1)
         torch.testing.assert_close(got.out, out, atol=2e-5, rtol=2e-5)
         assert got.keep.equal(mask.to_bool()) and got.skipped == pytest.approx(1 - before.float().mean().item())
