@@ -2,9 +2,8 @@
 
 Samples the tiny demo model twice on the same seed, dense and with LiteAttention, and compares. With a ComfyUI at hand
 (COMFYUI_PATH, the one this pack is installed in, ~/ComfyUI) it starts that headless and queues demo/workflow_api.json
-over its HTTP API; without one it runs the embedded pipeline in this folder. Both use the same nodes'
-settings, run session and kernels. Dense means dense_blocks "0--1": every call falls back to dense
-attention, timed by the same clock.
+over its HTTP API; without one it runs the embedded pipeline in this folder. Both use the same settings, sampling run
+and kernels. Dense means dense_blocks "0--1".
 """
 
 from __future__ import annotations
@@ -27,18 +26,19 @@ EVERY_BLOCK = "0--1"
 
 @dataclass
 class Result:
-    """One run: its summary (see `Receipt.to_dict`) and the latent in model space, float32 [1, 16, T, h, w]."""
+    """One run: its summary (see `RunSummary.to_dict`) and the latent in model space, float32 [1, 16, T, h, w]."""
 
-    receipt: dict
+    summary: dict
     latent: object
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("auto", "comfyui", "embedded"), default="auto")
-    parser.add_argument("--error-budget", type=float, default=0.3,
-                        help="share of its attention that a token may lose; default %(default)s, 0: threshold decides")
-    parser.add_argument("--threshold", type=float, default=-3.0, help="log2; default %(default)s")
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument("--error-budget", type=float, default=0.3,
+                      help="share of its attention that a token may lose; default %(default)s")
+    rule.add_argument("--threshold", type=float, help="log2; the other rule, in place of the error budget")
     parser.add_argument("--pool-skipped", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--warmup-steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
@@ -60,13 +60,15 @@ def command(args: argparse.Namespace) -> str:
     return " ".join(["python demo/run.py", *changed])
 
 
-def chosen(args: argparse.Namespace) -> dict:
-    """The node's inputs, or fields of `LiteAttentionConfig`, that choose tiles."""
-    return {name: getattr(args, name) for name in ("threshold", "warmup_steps", "error_budget", "pool_skipped")}
+def rule_inputs(args: argparse.Namespace) -> dict:
+    """The inputs of the node that choose its rule."""
+    if args.threshold is not None:
+        return {"rule": "threshold", "rule.threshold": args.threshold}
+    return {"rule": "error budget", "rule.error_budget": args.error_budget}
 
 
 def run_comfyui(args: argparse.Namespace, comfy_path: Path) -> tuple[Result, Result]:
-    """Dense and lite through a real ComfyUI server."""
+    """Dense and sparse through a real ComfyUI server."""
     import torch
     from safetensors.torch import load_file
 
@@ -74,7 +76,9 @@ def run_comfyui(args: argparse.Namespace, comfy_path: Path) -> tuple[Result, Res
     from liteattention.tools.server import ComfyServer
 
     workflow = json.loads((ROOT / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
-    workflow["3"]["inputs"] |= chosen(args)
+    inputs = {k: v for k, v in workflow["3"]["inputs"].items() if not k.startswith("rule")}
+    workflow["3"]["inputs"] = {**inputs, **rule_inputs(args), "warmup_steps": args.warmup_steps,
+                               "pool_skipped": args.pool_skipped}
     workflow["5"]["inputs"] |= {"width": args.size * 8, "height": args.size * 8, "length": (args.frames - 1) * 4 + 1}
     workflow["6"]["inputs"] |= {"steps": args.steps, "seed": args.seed}
     results = []
@@ -83,48 +87,35 @@ def run_comfyui(args: argparse.Namespace, comfy_path: Path) -> tuple[Result, Res
             workflow["3"]["inputs"]["dense_blocks"] = blocks
             outputs = server.run(workflow, timeout_s=1800)
             saved = load_file(server.output_file(outputs["7"]["latents"][0]))["latent_tensor"]
-            results.append(Result(server.receipts()[-1], from_comfy_latent(saved.float())))
+            results.append(Result(server.summaries()[-1], from_comfy_latent(saved.float())))
     return results[0], results[1]
 
 
 def run_embedded(args: argparse.Namespace) -> tuple[Result, Result]:
-    """Dense and lite through the embedded pipeline: the same session, without ComfyUI."""
+    """Dense and sparse through the embedded pipeline: the same sampling run, without ComfyUI."""
     import torch
 
     from liteattention.benchmarks.demo_pipeline.sampler import comfy_noise, euler_flow, flow_sigmas
-    from liteattention.benchmarks.demo_pipeline.wan import load_tiny_wan
+    from liteattention.benchmarks.demo_pipeline.wan import load_tiny_wan, sparse_attention
     from liteattention.demo.pixels import empty_prompt, prompt_tokens
-    from liteattention.runtime import AttentionCall, LayerId, LiteAttentionConfig, Session
+    from liteattention.runtime import ErrorBudget, LiteAttentionConfig, SamplingRun, Threshold
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_tiny_wan(ROOT / "demo" / "model" / "tiny_wan_t2v.safetensors", device=device)
     positive, negative = (x.to(device) for x in (prompt_tokens(0, 2, 1), empty_prompt()))
     noise = comfy_noise((1, 16, args.frames, args.size, args.size), args.seed).to(device)
-    sigmas = flow_sigmas(args.steps, 3.0).to(device)
+    rule = ErrorBudget(args.error_budget) if args.threshold is None else Threshold(args.threshold)
 
     def sample(blocks: str) -> Result:
-        session = Session(LiteAttentionConfig(**chosen(args), dense_blocks=blocks, min_tokens=512, log_details=True),
-                          args.steps)
-
-        def on_evaluation(step, sigma, latent_shape, rows):
-            context = session.evaluation(model=id(model), rows=rows, latent_tokens=model.token_count(latent_shape))
-
-            def attention(q, k, v, heads, block_index):
-                def dense():
-                    split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
-                    return torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-
-                layer = LayerId("block", block_index, model.config.num_layers)
-                return context.attend(AttentionCall.from_hook(q, k, v, heads), layer, dense)
-
-            return attention
-
+        run = SamplingRun(LiteAttentionConfig(rule, warmup_steps=args.warmup_steps, pool_skipped=args.pool_skipped,
+                                              dense_blocks=blocks, min_tokens=512), args.steps)
         try:
-            latent = euler_flow(model, noise, sigmas, positive, negative, 2.0, on_evaluation=on_evaluation,
-                                callback=lambda step, *_: session.end_step(step))
+            latent = euler_flow(model, noise, flow_sigmas(args.steps, 3.0).to(device), positive, negative, 2.0,
+                                on_evaluation=sparse_attention(model, run),
+                                callback=lambda step, *_: run.end_step(step))
         finally:
-            receipt = session.close()
-        return Result(receipt.to_dict(), latent.float().cpu())
+            summary = run.close()
+        return Result(summary.to_dict(), latent.float().cpu())
 
     return sample(EVERY_BLOCK), sample("")
 
@@ -140,31 +131,25 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
     quality = psnr(*clips)
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "demo.webp"
-    label = f"LiteAttention {f'budget {args.error_budget:g}' if args.error_budget else f'{args.threshold:g}'}"
-    side_by_side(clips, ["dense", label], picture)
-    d, r = dense.receipt, lite.receipt
+    s = lite.summary
+    side_by_side(clips, ["dense", f"LiteAttention {s['rule']}"], picture)
     numbers = {
         "engine": engine, "machine": platform.machine(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__, "python": platform.python_version(), "command": command(args),
-        **chosen(args), "steps": args.steps, "tokens": r["tokens"], "backend": r["backend"],
-        "skipped": r["skipped"], "skipped_per_step": r["skipped_per_step"],
-        "attention_seconds": {"dense": d["attention_seconds"], "lite": r["attention_seconds"]},
-        "psnr_db": quality, "state_bytes": r["state_bytes"], "taken": r["taken"], "left": r["left"],
+        "settings": s["settings"], "steps": args.steps, "tokens": s["tokens"], "backend": s["backend"],
+        "skipped": s["skipped"], "skipped_per_step": s["skipped_per_step"], "psnr_db": quality,
+        "mask_bytes": s["mask_bytes"], "sparse_calls": s["sparse_calls"], "dense_calls": s["dense_calls"],
     }
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    shares = [f"{share:.0%}" if share is not None else "-" for share in r["skipped_per_step"]]
-    seconds = numbers["attention_seconds"]
+    shares = [f"{share:.0%}" if share is not None else "-" for share in s["skipped_per_step"]]
     rows = [
-        ("engine", engine), ("steps, tokens", f"{args.steps}, {r['tokens']}"), ("backend", r["backend"]),
-        ("this run", r["plan"]), ("rule", r["rule"]), ("skipped per step", " ".join(shares)),
-        ("skipped, whole run", f"{r['skipped']:.1%}"),
-        ("self-attention, dense", f"{seconds['dense']:.2f} s"),
-        ("self-attention, lite", f"{seconds['lite']:.2f} s ({seconds['dense'] / (seconds['lite'] or 1):.2f}x)"),
-        ("PSNR, lite against dense", f"{quality:.1f} dB"), ("skip masks", f"{r['state_bytes']} bytes"),
-        ("side by side", str(picture)),
+        ("engine", engine), ("steps, tokens", f"{args.steps}, {s['tokens']}"), ("backend", s["backend"]),
+        ("this run", s["plan"]), ("rule", s["rule"]), ("skipped per step", " ".join(shares)),
+        ("skipped, whole run", f"{s['skipped']:.1%}"), ("PSNR against dense", f"{quality:.1f} dB"),
+        ("skip masks", f"{s['mask_bytes']} bytes"), ("side by side", str(picture)),
     ]
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
