@@ -28,10 +28,8 @@ EXPECTED_INPUTS = {
     "refresh_every": ("INT", 0, {"min": 0, "max": 64, "advanced": True}),
     "pool_skipped": ("BOOLEAN", True, {"advanced": True}),
     "continue_from": ("LITEATTENTION_RUN", None, {"advanced": True}),
-    "profile": ("LITE_ATTENTION_PROFILE", None, {"advanced": True}),
 }
-NODES = {"LiteAttention", "LiteAttentionCalibrate", "LiteAttentionSaveProfile", "LiteAttentionLoadProfile",
-         "LiteAttentionReport", "LiteAttentionCompare",
+NODES = {"LiteAttention", "LiteAttentionReport", "LiteAttentionCompare",
          "LiteAttentionDemoModel", "LiteAttentionDemoPrompt", "LiteAttentionDemoDecode"}
 
 

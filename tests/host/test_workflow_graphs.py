@@ -14,8 +14,8 @@ from liteattention.tools.server import ROOT, ComfyServer, PromptFailed
 COMFY = find_comfyui()
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 GRAPHS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
-DEMO, CALIBRATION = "liteattention_tiny_demo", "liteattention_calibration"
-MUTED, ACTIVE = 2, 0
+DEMO = "liteattention_tiny_demo"
+MUTED = 2
 LOAD_AND_CONVERT = """
 const [graph, name, done] = arguments;
 (async () => {
@@ -91,16 +91,8 @@ def blocked(server):
         server.wait(prompt_id, 60)
 
 
-def unmuted(graph):
-    graph = copy.deepcopy(graph)
-    for node in graph["nodes"]:
-        node["mode"] = ACTIVE
-    return graph
-
-
 def test_the_server_accepts_every_workflow_and_refuses_a_wrong_name(blocked, known):
-    graphs = {**GRAPHS, "calibration, both parts": unmuted(GRAPHS[CALIBRATION])}
-    for name, graph in graphs.items():
+    for name, graph in GRAPHS.items():
         answer = blocked.post("/prompt", {"prompt": to_prompt(graph, known)})
         assert not answer["node_errors"], name
         assert any(entry[1] == answer["prompt_id"] for entry in blocked.get("/queue")["queue_pending"]), "nothing ran"
@@ -153,25 +145,6 @@ def test_report_and_compare_run_to_the_end(server, known):
     texts = [outputs[key]["text"][0] for key, node in prompt.items() if node["class_type"] == "PreviewAny"]
     assert any("attention calls taken" in text and "Sampling took" in text for text in texts)
     assert any("PSNR" in text and "SSIM" in text for text in texts)
-
-
-def test_calibration_runs_to_the_end_and_its_profile_is_used(server, known):
-    graph = GRAPHS[CALIBRATION]
-    names = {"filename": "tiny", "profile_name": "tiny.safetensors"}
-    server.run(on_the_tiny_model(to_prompt(graph, known), **names), timeout_s=300)
-    assert (server.base / "models" / "lite_attention" / "tiny.safetensors").stat().st_size > 0
-    second = unmuted(graph)
-    first_part = ("LiteAttentionCalibrate", "LiteAttentionSaveProfile")
-    calibrated = next(node for node in second["nodes"] if node.get("title") == "Calibrating run")
-    for node in second["nodes"]:
-        if node["type"] in first_part or node is calibrated:
-            node["mode"] = MUTED
-    outputs = server.run(on_the_tiny_model(to_prompt(second, known), log_details=True, **names), timeout_s=300)
-    video = next(entry for output in outputs.values() for entry in output.get("images", ()))
-    assert server.output_file(video).stat().st_size > 0
-    summary = server.summaries()[-1]
-    assert summary["rule"].startswith("profile") and summary["taken"] > 0
-    assert set(summary["left"]) <= {"cross-attention", "warm-up step"}
 
 
 @pytest.fixture(scope="module")

@@ -196,3 +196,20 @@ def load_tiny_wan(path: Path, device: torch.device | str = "cpu", dtype: torch.d
     model = TinyWan(WanConfig.from_state_dict(state))
     model.load_state_dict(state)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def sparse_attention(model: TinyWan, run: object) -> Callable[..., Attention]:
+    """An `on_evaluation` of `euler_flow` whose attention goes through a `SamplingRun`, as ComfyUI's does."""
+    from liteattention.runtime import AttentionCall, LayerId
+
+    def on_evaluation(step: int, sigma: float, latent_shape: tuple[int, ...], rows: list[tuple[str, int]]) -> Attention:
+        forward = run.forward_pass(model=id(model), rows=rows, video_tokens=model.token_count(latent_shape))
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, block_index: int) -> Tensor:
+            return forward.attend(AttentionCall.from_hook(q, k, v, heads),
+                                  LayerId("block", block_index, model.config.num_layers),
+                                  lambda: dense_attention(q, k, v, heads))
+
+        return attention
+
+    return on_evaluation
