@@ -51,7 +51,7 @@ def check(kernels, device: str, forms: list) -> str | None:
         tolerance = 1e-1 if form.int8 else {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-3}[form.dtype]
         inputs = make_inputs(300 if form.ragged else 384, form.head_dim, form.dtype)
         expected, expected_words = run(kernels, "torch", inputs, "cpu", form, form == with_lse)
-        if not (expected_words == 0b011).any():
+        if not (expected_words == (0b011 if form.pool_skipped else 0b101)).any():
             return f"the self-test's own data dropped no tile: {form.name}"
         results, words = run(kernels, "triton", inputs, device, form, form == with_lse)
         for a, b in zip(results, expected, strict=True):
@@ -75,7 +75,7 @@ def make_inputs(seqlen: int, head_dim: int, dtype) -> list:
     q[..., 0] += math.sqrt(head_dim)
     k[..., 0] *= 3
     v += torch.tensor([1.0, -2.0, 2.0])[tile, None, None] + 10 * k[..., :1]
-    k[..., 0] += math.log(2) * torch.tensor([0.0, -7.0, -2.5])[tile, None]
+    k[..., 0] += math.log(2) * torch.tensor([0.0, -7.0, -1.5])[tile, None]
     return [x.to(dtype).transpose(1, 2) for x in (q, k, v)]
 
 

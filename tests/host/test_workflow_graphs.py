@@ -138,7 +138,7 @@ def on_the_tiny_model(prompt, **values):
 
 def test_report_and_compare_run_to_the_end(server, known):
     graph = to_prompt(GRAPHS["liteattention_report_and_compare"], known)
-    prompt = on_the_tiny_model(graph, **{"rule.error_budget": 1.0})
+    prompt = on_the_tiny_model(graph, steps=10, **{"rule.error_budget": 1.0})
     outputs = server.run(prompt, timeout_s=300)
     kinds = {node["class_type"]: outputs[key] for key, node in prompt.items() if key in outputs}
     for kind in ("LiteAttentionReport", "LiteAttentionCompare"):
