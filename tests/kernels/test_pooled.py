@@ -71,17 +71,17 @@ def test_decisions_weigh_what_pooling_loses(backend, device, n_q, n_k, d, dtype,
 
 def test_nothing_skipped_changes_no_bit(backend, device):
     for dtype in (torch.float16, torch.float32):
-        inputs = smooth(300, 650, 64, dtype)
+        inputs = smooth(140, 300, 64, dtype)
         place = device if backend == "triton" else "cpu"
-        moved = [x.to(place) for x in inputs]
-        full = SkipMask.full(2, 2, 300, 650, device=place)
+        moved = [x[:1].to(place) for x in inputs]
+        full = SkipMask.full(1, 2, 140, 300, device=place)
         plain = lite_attention(*moved, full, backend=backend, record=False)
         assert torch.equal(lite_attention(*moved, full, backend=backend, record=False, pool_skipped=True), plain)
         assert torch.equal(lite_attention(*moved, backend=backend, pool_skipped=True), plain)
 
 
 def test_it_is_nearer_to_dense_attention_than_leaving_out(backend, device):
-    inputs = smooth(640, 640, 64, torch.float32)
+    inputs = smooth(640, 640, 64, torch.float16)
     start = oracle.holes(2, 2, 640, 640, 0.4) | torch.eye(5, dtype=torch.bool)
     dense = torch.nn.functional.scaled_dot_product_attention(*inputs)
     out, _ = run(backend, device, inputs, start, record=False)
@@ -160,8 +160,8 @@ def test_nan_in_a_skipped_tile_reaches_every_row_that_pools_it(backend, device):
 
 def test_heads_and_rows_have_their_own(backend, device):
     """A batch of two with two masks equals each row alone."""
-    inputs = smooth(300, 650, 64, torch.float32)
-    start = oracle.holes(2, 2, 300, 650, 0.5)
+    inputs = smooth(140, 390, 64, torch.float32)
+    start = oracle.holes(2, 2, 140, 390, 0.5)
     both, _ = run(backend, device, inputs, start, record=False)
     for row in range(2):
         alone, _ = run(backend, device, [x[row:row + 1] for x in inputs], start[row:row + 1], record=False)
@@ -185,8 +185,8 @@ def test_layouts(backend, device):
 
 def test_backends_agree(device):
     pytest.importorskip("triton", reason="Triton is not installed on this system")
-    inputs = smooth(515, 1100, 128, torch.float32)
-    start = oracle.holes(2, 2, 515, 1100, 0.6)
+    inputs = [x[:1] for x in smooth(260, 650, 128, torch.float32)]
+    start = oracle.holes(1, 2, 260, 650, 0.6)
     a, kept_a = run("torch", "cpu", inputs, start, -5.0, "mass")
     b, kept_b = run("triton", device, inputs, start, -5.0, "mass")
     assert (a - b).abs().max() < 2e-4 and (kept_a != kept_b).float().mean() < 0.02 and kept_a.sum() < start.sum()
