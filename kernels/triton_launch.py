@@ -147,7 +147,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, ma
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, RAGGED=common["seqlen_k"] % TILE != 0,
         RECORD_IN_REGISTERS=config.record_in_registers, TMA=tma, INT8=copies is not None,
         PV_FP16=v_scale is not None, HAS_LSE=lse is not None, POOLED=pooled.row_threshold_ptr is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages)
+        NUM_STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool) -> _Int8:
