@@ -179,6 +179,10 @@ class SkipMask:
         """bool [B, H, QT, KT], True = active."""
         return unpack_words(self.words, tiles(self.seqlen_k))
 
+    def head_bits(self, batch_entry: int, head: int) -> Tensor:
+        """bool [QT, KT] of one head, True = active: unpacking takes 32 times the memory of the words."""
+        return unpack_words(self.words[batch_entry, head], tiles(self.seqlen_k))
+
     def reset(self) -> None:
         """Every tile active again, and the visit direction back to the first pass. In place."""
         key_tiles = tiles(self.seqlen_k)

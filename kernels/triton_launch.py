@@ -12,8 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch_table import LaunchConfig, architecture, launch_config
 from .mask import TILE, WORD_BITS, MustKeep, tiles
-from .pooled import RAISED_MAX
-from .pooled import STAKE_MIN as LOST_MIN
+from .pooled import LOST_MIN, RAISED_MAX
 from .precision import INT8_GUARD
 from .triton_attention import attention_kernel
 from .triton_int8 import MEAN_CHUNK, channel_sum_kernel, quantize_kernel

@@ -3,9 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..demo.comfy_nodes import LiteAttentionDemoDecode, LiteAttentionDemoModel, LiteAttentionDemoPrompt
-from ..host import profiles
 from .apply import LiteAttention
-from .profile import LiteAttentionCalibrate, LiteAttentionLoadProfile, LiteAttentionSaveProfile
 from .report import LiteAttentionCompare, LiteAttentionReport
 
 
@@ -13,7 +11,5 @@ class LiteAttentionExtension(ComfyExtension):
     """The nodes of this pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        profiles.register_folder()
-        return [LiteAttention, LiteAttentionCalibrate, LiteAttentionSaveProfile, LiteAttentionLoadProfile,
-                LiteAttentionReport, LiteAttentionCompare,
+        return [LiteAttention, LiteAttentionReport, LiteAttentionCompare,
                 LiteAttentionDemoModel, LiteAttentionDemoPrompt, LiteAttentionDemoDecode]

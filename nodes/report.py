@@ -1,4 +1,4 @@
-"""Nodes that show what a run did: its account as a picture, and two clips of the same seed side by side."""
+"""Nodes that show what a run did: its summary as a picture, and two clips of the same seed side by side."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 from comfy_api.latest import io, ui
 
 from ..host import run_handle
-from ..report import compare_clips, draw_run, run_summary
+from ..report import compare_clips, draw_run, mask_pictures, run_summary
 from ..runtime import parse_blocks
 
 _FRAMES_MAX, _GAIN_MAX = 8, 64.0
 
 
 class LiteAttentionReport(io.ComfyNode):
-    """The account of the last sampling run of a patched model, as a picture, as text and as JSON."""
+    """The last sampling run of a patched model, as a picture, as text and as JSON."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,9 +22,9 @@ class LiteAttentionReport(io.ComfyNode):
             node_id="LiteAttentionReport",
             display_name="LiteAttention Report",
             category="model/patch",
-            search_aliases=["sparse attention", "statistics", "skip mask", "benchmark"],
+            search_aliases=["statistics", "skip mask", "benchmark"],
             description="What LiteAttention did in the last sampling run: skipped share per step and layer, the masks, "
-                        "which calls were left and why, time saved, what to try.",
+                        "which calls stayed dense and why, time saved, what to try.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the sampler used, patched by LiteAttention."),
                 io.Latent.Input("samples", tooltip="The sampler's latent; passed through. It makes this node wait for "
@@ -63,11 +63,14 @@ class LiteAttentionReport(io.ComfyNode):
         if handle is None:
             raise ValueError("model has no LiteAttention on it; connect the model that comes from a LiteAttention node "
                              "and goes into the sampler.")
-        if handle.receipt is None:
+        if handle.summary is None:
             raise ValueError("No sampling run of this model has finished yet; connect the latent of the sampler that "
                              "uses it to samples, so that this node waits for it.")
-        stats = handle.receipt.to_dict()
-        plot, summary = draw_run(stats, handle.pictures), run_summary(stats, handle.pictures)
+        stats = handle.summary.to_dict()
+        pictures = [] if handle.masks is None else mask_pictures(
+            handle.masks.by_layer(), parse_blocks(layers).holds, parse_blocks(heads).holds,
+            handle.layout.frame_edges if handle.layout is not None else lambda seqlen: ())
+        plot, summary = draw_run(stats, pictures), run_summary(stats)
         return io.NodeOutput(samples, plot, summary, json.dumps(stats), ui=ui.PreviewImage(plot, cls=cls))
 
 
@@ -80,7 +83,7 @@ class LiteAttentionCompare(io.ComfyNode):
             node_id="LiteAttentionCompare",
             display_name="LiteAttention Compare",
             category="image/video",
-            search_aliases=["psnr", "ssim", "difference", "quality", "sparse attention"],
+            search_aliases=["psnr", "ssim", "difference", "quality"],
             description="Two clips of the same seed, one without and one with LiteAttention: frames, their difference, "
                         "PSNR and SSIM of each frame.",
             inputs=[

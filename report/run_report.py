@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from .canvas import (
     ticks,
     viridis,
 )
+from .mask_pictures import MaskPicture
 
 WIDTH, HEIGHT = 1600, 1200
 GAP, FIGURE, TITLE, LABEL = 16, 58, 34, 27
@@ -32,27 +33,6 @@ GAP, FIGURE, TITLE, LABEL = 16, 58, 34, 27
 REASONS = 5
 """Reasons that get a bar of their own; the others share one."""
 FRAME_LINE_PIXELS = 6
-
-
-class MaskPanel(Protocol):
-    """A skip mask to draw.
-
-    Attributes:
-        name: title.
-        layer: its layer.
-        skipped: uint8 [rows, columns], skipped share x 255.
-        tiles: query tiles, key tiles.
-        share: skipped share of all of it, 0..1.
-        frame_edges: where frames begin, and the last ends, in tiles; empty where unknown.
-    """
-
-    name: str
-    layer: str
-    head: int | None
-    skipped: torch.Tensor
-    tiles: tuple[int, int]
-    share: float
-    frame_edges: tuple[float, ...]
 
 
 def percent(share: float | None, digits: int = 0) -> str:
@@ -64,12 +44,12 @@ def _bytes(count: int) -> str:
     return f"{count / 2**20:.1f} MB" if count >= 2**20 // 10 else f"{count / 1024:.1f} KB"
 
 
-def draw_run(stats: Mapping[str, Any], masks: Sequence[MaskPanel] = ()) -> torch.Tensor:
+def draw_run(stats: Mapping[str, Any], masks: Sequence[MaskPicture] = ()) -> torch.Tensor:
     """float32 [1, 1200, 1600, 3] in 0..1.
 
     Args:
-        stats: a run's account as plain values (`Receipt.to_dict`).
-        masks: at its end; none where they were not kept.
+        stats: a run as plain values (`RunSummary.to_dict`).
+        masks: at its end; none where it has none.
     """
     canvas = Canvas(WIDTH, HEIGHT)
     inside = canvas.box.inset(GAP, GAP, GAP, GAP)
@@ -87,20 +67,10 @@ def draw_run(stats: Mapping[str, Any], masks: Sequence[MaskPanel] = ()) -> torch
 
 
 def _figures(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
-    calls = stats["taken"] + sum(stats["left"].values())
-    saved = stats.get("saved") or {}
-    if stats.get("dense_run_seconds"):
-        time, how = f"{stats['dense_run_seconds'] / stats['seconds']:.2f}x", "as fast as without"
-    elif saved.get("dense_seconds") is not None:
-        time, how = f"{saved['dense_seconds'] - saved['lite_seconds']:.1f} s", "attention time saved"
-    elif saved:
-        time, how = f"~ {percent(saved['share'])}", "time saved, by tiles"
-    else:
-        time, how = "-", "attention time saved"
     figures = [(percent(stats["skipped"], 1), "of attention skipped", GREEN),
-               (time, how, SKY),
-               (f"{stats['taken']} / {calls}", "attention calls taken", TEXT),
-               (_bytes(stats["state_bytes"]), "memory of the masks", TEXT)]
+               (f"{stats['speed_up']:.2f}x" if stats.get("speed_up") else "not timed", "as fast as dense", SKY),
+               (f"{len(stats['layers'])}", "layers run sparse", TEXT),
+               (_bytes(stats["mask_bytes"]), "memory of the masks", TEXT)]
     width = (box.width - GAP * (len(figures) - 1)) // len(figures)
     for i, (value, label, color) in enumerate(figures):
         left = box.left + i * (width + GAP)
@@ -149,15 +119,13 @@ def _steps(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
 
 
 def _calls(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
-    left = sorted(stats["left"].items(), key=lambda item: -item[1])
-    bars = [("LiteAttention", stats["taken"], GREEN)]
-    bars += [(reason, count, BLUE if reason in stats.get("expected", ()) else ORANGE)
-             for reason, count in left[:REASONS]]
-    if len(left) > REASONS:
-        bars[-1] = (f"{len(left) - REASONS + 1} other reasons", sum(count for _, count in left[REASONS - 1:]), ORANGE)
+    dense = sorted(stats["dense_calls"].items(), key=lambda item: -item[1])
+    bars = [("sparse", stats["sparse_calls"], GREEN)]
+    bars += [(reason, count, BLUE if reason in stats["expected"] else ORANGE) for reason, count in dense[:REASONS]]
+    if len(dense) > REASONS:
+        bars[-1] = (f"{len(dense) - REASONS + 1} other reasons", sum(count for _, count in dense[REASONS - 1:]), ORANGE)
     total = sum(count for _, count, _ in bars)
-    inside = canvas.panel(box, "Attention calls", TITLE, f"{percent(sum(stats['left'].values()) / total)} left"
-                          if total else "")
+    inside = canvas.panel(box, "Attention calls", TITLE, "blue: dense as expected" if total else "")
     if not total:
         _nothing(canvas, inside, "none reached LiteAttention")
         return
@@ -175,18 +143,18 @@ def _calls(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
 
 
 def _time(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
-    saved = stats.get("saved") or {}
-    if saved.get("dense_seconds") is None:
+    saved = stats.get("saved")
+    if not saved:
         inside = canvas.panel(box, "Attention time", TITLE, "not timed")
-        _nothing(canvas, inside, "log_details times every call")
+        _nothing(canvas, inside, "no dense call to compare with")
         return
     share = stats.get("attention_share")
-    inside = canvas.panel(box, "Attention time", TITLE, f"from {saved['source'].replace('_', ' ')}" if share is None
+    inside = canvas.panel(box, "Attention time", TITLE, f"from {saved['source']}" if share is None
                           else f"{percent(share)} of a dense run")
-    most = max(saved["dense_seconds"], saved["lite_seconds"])
+    most = max(saved["dense_seconds"], saved["sparse_seconds"])
     height = inside.height / 2
     for i, (name, seconds, color) in enumerate((("dense", saved["dense_seconds"], VERMILION),
-                                                ("lite", saved["lite_seconds"], GREEN))):
+                                                ("lite", saved["sparse_seconds"], GREEN))):
         y = inside.top + (i + 0.5) * height
         canvas.text(inside.left, y, name, LABEL)
         start, room = inside.left + 90, inside.width - 90 - 130
@@ -200,7 +168,7 @@ def _layers(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
     steps = max((len(shares) for shares in layers.values()), default=0)
     inside = canvas.panel(box, "Skipped by layer and step", TITLE)
     if not steps:
-        _nothing(canvas, inside, "no layer ran through LiteAttention")
+        _nothing(canvas, inside, "no layer ran sparse")
         return
     names = list(layers)
     shares = np.array([[np.nan if s is None else s for s in layers[name]] + [np.nan] * (steps - len(layers[name]))
@@ -221,10 +189,10 @@ def _layers(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
         canvas.text(bar.right + 8, y, f"{part * top * 100:.0f}%", LABEL - 3, FAINT)
 
 
-def _masks(canvas: Canvas, box: Box, masks: Sequence[MaskPanel]) -> None:
+def _masks(canvas: Canvas, box: Box, masks: Sequence[MaskPicture]) -> None:
     inside = canvas.panel(box, "Skip masks", TITLE, "bright: skipped" if masks else "")
     if not masks:
-        _nothing(canvas, inside, "not kept by this run; queue again with this node")
+        _nothing(canvas, inside, "this run has none")
         return
     layers = list(dict.fromkeys(mask.layer for mask in masks))
     columns = [[mask for mask in masks if mask.layer == layer] for layer in layers]
@@ -245,7 +213,7 @@ def _masks(canvas: Canvas, box: Box, masks: Sequence[MaskPanel]) -> None:
         canvas.text(inside.right, inside.bottom + 12, note, LABEL - 5, FAINT, "rm")
 
 
-def _one_mask(canvas: Canvas, box: Box, mask: MaskPanel) -> str:
+def _one_mask(canvas: Canvas, box: Box, mask: MaskPicture) -> str:
     """Query tiles from top to bottom, key tiles from left to right; what its lines stand for, if not every frame."""
     canvas.cells(box, viridis(mask.skipped.numpy().astype(np.float64) / 255))
     edges = mask.frame_edges
@@ -267,39 +235,27 @@ def _nothing(canvas: Canvas, box: Box, why: str) -> None:
     canvas.text((box.left + box.right) / 2, (box.top + box.bottom) / 2, why, LABEL, FAINT, "mm", box.width)
 
 
-def run_summary(stats: Mapping[str, Any], masks: Sequence[MaskPanel] = ()) -> str:
+def run_summary(stats: Mapping[str, Any]) -> str:
     """The run in a few lines of text."""
-    calls = stats["taken"] + sum(stats["left"].values())
-    lines = [f"Skipped {percent(stats['skipped'], 1)} of the attention tiles in {stats['steps_done']} of "
-             f"{stats['total_steps']} steps.",
-             f"{stats['taken']} of {calls} attention calls taken."]
-    lines += [f"  left: {count} {reason}" for reason, count in sorted(stats["left"].items(), key=lambda i: -i[1])]
-    if stats["left"] and stats.get("previous"):
-        lines.append(f"  What is left is computed by {stats['previous']}.")
-    saved = stats.get("saved") or {}
-    if stats.get("dense_run_seconds"):
+    sparse, dense = stats["sparse_calls"], sorted(stats["dense_calls"].items(), key=lambda item: -item[1])
+    lines = [f"{stats['headline']}.",
+             f"{stats['steps_done']} of {stats['total_steps']} steps: {stats['plan']}; {stats['rule']}."]
+    if stats.get("speed_up"):
         lines.append(f"Sampling took {stats['seconds']:.1f} s instead of about {stats['dense_run_seconds']:.1f} s "
-                     f"({stats['dense_run_seconds'] / stats['seconds']:.2f}x); attention is "
-                     f"{percent(stats['attention_share'])} of that.")
-    if saved.get("dense_seconds") is not None:
-        lines.append(f"Attention time: {saved['lite_seconds']:.2f} s instead of {saved['dense_seconds']:.2f} s dense "
-                     f"(estimated from {saved['source']}).")
-    elif saved:
-        lines.append(f"Attention time saved: about {percent(saved['share'])}, estimated from tiles and not timed.")
-    layers = {name: known for name, shares in (stats.get("layers") or {}).items()
+                     f"({stats['speed_up']:.2f}x); attention is {percent(stats['attention_share'])} of that.")
+    lines.append(f"Attention calls: {sparse} sparse, {sum(count for _, count in dense)} dense.")
+    lines += [f"  {count} {reason}" for reason, count in dense]
+    if dense and stats.get("fallback"):
+        lines.append(f"  Dense calls are computed by {stats['fallback']}.")
+    layers = {name: known for name, shares in stats["layers"].items()
               if (known := [share for share in shares if share is not None])}
     if layers:
         last = {name: known[-1] for name, known in layers.items()}
         least, most = min(last, key=lambda n: last[n]), max(last, key=lambda n: last[n])
         lines.append(f"Layers, when last run: from {percent(last[least])} ({least}) to {percent(last[most])} ({most}).")
-    lines.append(f"{stats['plan']}; {stats['rule']}; masks {_bytes(stats['state_bytes'])}; {stats['backend']}.")
-    if stats.get("wrong_drop_rate") is not None:
-        lines.append(f"Refresh: {percent(stats['wrong_drop_rate'], 1)} of {stats['refreshed']} skipped tiles were "
-                     "needed after all.")
+    lines.append(f"Masks {_bytes(stats['mask_bytes'])}; {stats['backend'] or 'no backend used'}.")
     if stats.get("environment"):
         lines.append(", ".join(f"{name} {value}" for name, value in stats["environment"].items()) + ".")
-    if not masks:
-        lines.append("No masks were kept by this run; they are when this node is connected while the sampler runs.")
-    lines += [f"Note: {note}" for note in stats.get("notes", ())]
-    lines += [f"To try: {advice}." for advice in stats.get("advice", ())]
+    lines += [f"Note: {note}" for note in stats["notes"]]
+    lines += [f"To try: {advice}." for advice in stats["advice"][1:]]
     return "\n".join(lines)

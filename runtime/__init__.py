@@ -1,20 +1,18 @@
-"""What outlives one attention call: settings, schedule, skip masks and statistics of a sampling run. No ComfyUI."""
+"""One sampling run: settings, schedule, skip masks, counters, summary. No ComfyUI."""
 
 from ..kernels import triton_package
-from .calibration import CalibrationSession, CalibrationTarget, ProfileHandle
 from .call import AttentionCall
 from .config import LiteAttentionConfig, parse_blocks
-from .dispatch import BreakEvens
-from .evaluation import Evaluation, LayerId
-from .kept import KeptMasks, RowName
-from .profile import Profile, ProfileError
-from .receipt import Receipt, StepReport
-from .savings import Saved
+from .forward import ForwardPass, LayerId
+from .masks import CarriedMasks, RowName
+from .reasons import Reason
+from .rules import ErrorBudget, Rule, Threshold
+from .run import RunHandle, SamplingRun
 from .schedule import Phase, StepPlan
-from .session import RunHandle, Session
-from .snapshot import MaskChoice, MaskPicture
+from .summary import RunSummary, StepReport
+from .timing import BreakEvens, TimeSaved
+from .video_tokens import VideoTokens
 
-__all__ = ["AttentionCall", "BreakEvens", "CalibrationSession", "CalibrationTarget", "Evaluation", "KeptMasks",
-           "LayerId", "LiteAttentionConfig", "MaskChoice", "MaskPicture", "Phase", "Profile", "ProfileError",
-           "ProfileHandle", "Receipt", "RowName", "RunHandle", "Saved", "Session", "StepPlan", "StepReport",
-           "parse_blocks", "triton_package"]
+__all__ = ["AttentionCall", "BreakEvens", "CarriedMasks", "ErrorBudget", "ForwardPass", "LayerId",
+           "LiteAttentionConfig", "Phase", "Reason", "RowName", "Rule", "RunHandle", "RunSummary", "SamplingRun",
+           "StepPlan", "StepReport", "Threshold", "TimeSaved", "VideoTokens", "parse_blocks", "triton_package"]

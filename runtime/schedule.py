@@ -8,18 +8,20 @@ from enum import Enum
 FEW_STEPS = 8
 """Runs of up to so many steps (distilled models) warm up in one."""
 
+NO_STEP_LEFT = "no step left to skip in"
+
 
 class Phase(Enum):
     """What attention does during a step."""
 
-    WARMUP = "warm-up step"
-    """Dense, by the previous attention."""
-    RECORD = "recording step"
-    """Dense, by our kernel, which records the first mask."""
-    SPARSE = "sparse step"
+    WARMUP = "warm-up"
+    """Dense, by the fallback attention."""
+    RECORD = "recording"
+    """Every tile, by the sparse kernel, which records the first mask."""
+    SPARSE = "sparse"
     """Read, skip, record."""
-    END = "dense end step"
-    """Dense again, by the previous attention."""
+    END = "dense end"
+    """Dense again, by the fallback attention."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class StepPlan:
     """Phases of a run of `total_steps` steps (the run's own steps: a KSamplerAdvanced from 4 to 8 has four).
 
     Warm-up takes at most a quarter of the run, in runs of few steps one step, and, unless 0 was asked for, at least
-    one: distilled models would otherwise have little left to speed up. Its last step runs through our kernel and
-    records, so that no step is spent on recording alone. With 0 the first step records too, but a second evaluation
+    one: distilled models would otherwise have little left to speed up. Its last step runs through the sparse kernel
+    and records, so that no step is spent on recording alone. With 0 the first step records too, but a second evaluation
     inside it skips.
     """
 
@@ -71,7 +73,7 @@ class StepPlan:
         """
         parts = []
         if continued:
-            parts.append(f"{self.total_steps} steps that continue the run before, without a warm-up")
+            parts.append(f"{self.total_steps} steps with the masks of the run before, no warm-up")
         elif self.dense_steps:
             parts.append(f"step 1 of {self.total_steps} dense" if self.dense_steps == 1
                          else f"steps 1-{self.dense_steps} of {self.total_steps} dense")
@@ -80,5 +82,5 @@ class StepPlan:
         if self.dense_end_steps:
             parts.append(f"from step {self.first_end_step + 1} dense again")
         if (self.first_end_step if continued else self.sparse_steps) == 0:
-            parts.append("no step left to skip in: lower warmup_steps or dense_end_steps")
+            parts.append(NO_STEP_LEFT)
         return ", ".join(parts)

@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECEIPT = "LiteAttention receipt "
+SUMMARY = "LiteAttention run summary "
 
 
 class PromptFailed(RuntimeError):
@@ -51,7 +51,7 @@ class ComfyServer:
         self._log = self.log_path.open("wb")
         self._process = subprocess.Popen(
             [python, "main.py", "--base-directory", str(self.base), "--port", str(self.port), "--listen", "127.0.0.1",
-             "--disable-auto-launch", "--disable-api-nodes", *arguments],
+             "--disable-auto-launch", "--disable-api-nodes", "--verbose", "DEBUG", *arguments],
             cwd=comfy_path, stdout=self._log, stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})})
 
@@ -86,9 +86,9 @@ class ComfyServer:
         """Everything the server has printed."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def receipts(self) -> list[dict]:
-        """Receipts of the runs so far, as `log_details` writes them."""
-        return [json.loads(line.split(RECEIPT, 1)[1]) for line in self.log().splitlines() if RECEIPT in line]
+    def summaries(self) -> list[dict]:
+        """Summaries of the runs so far, as the debug log has them."""
+        return [json.loads(line.split(SUMMARY, 1)[1]) for line in self.log().splitlines() if SUMMARY in line]
 
     def get(self, path: str) -> dict:
         """A GET request's JSON."""

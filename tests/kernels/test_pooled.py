@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from liteattention.kernels import SkipMask, Workspace, lite_attention, tiles
-from liteattention.kernels.pooled import summarize
+from liteattention.kernels.pooled import pool_tiles
 
 MARGIN = 5e-3
 SHAPES = [(512, 512, 64, torch.float16), (300, 300, 128, torch.float16), (130, 700, 64, torch.float32),
@@ -99,7 +99,7 @@ def test_the_covariance_earns_its_place():
     out, _ = run("torch", "cpu", (q, k, v), start, record=False)
     independent = v[..., torch.randperm(640, generator=torch.Generator().manual_seed(5)), :]
     assert (out - dense).norm() < 0.1 * dense.norm()
-    assert summarize(k, v).shift.norm() > 2 * summarize(k, independent).shift.norm()
+    assert pool_tiles(k, v).shift.norm() > 2 * pool_tiles(k, independent).shift.norm()
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -6,7 +6,8 @@ import kernel_oracle as oracle
 import pytest
 import torch
 
-from liteattention.kernels import MustKeep, SkipMask, Workspace, lite_attention
+from liteattention.kernels import MustKeep, SkipMask, Workspace, lite_attention, torch_attention
+from liteattention.kernels.torch_tiles import attend_part
 
 F16 = torch.float16
 
@@ -173,10 +174,11 @@ def test_counting_and_workspace(backend, device):
 def test_the_torch_backend_multiplies_in_proportion_to_density(monkeypatch):
     inputs, _ = setup("torch", None, n=1280)
     counted = []
-    bmm, baddbmm = torch.bmm, torch.Tensor.baddbmm_
-    monkeypatch.setattr(torch, "bmm", lambda a, b: counted.append(b.shape[-1]) or bmm(a, b))
-    monkeypatch.setattr(torch.Tensor, "baddbmm_",
-                        lambda self, a, b: counted.append(b.shape[-2]) or baddbmm(self, a, b))
+    mm, addmm = torch.mm, torch.Tensor.addmm_
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: counted.append(b.shape[-1]) or mm(a, b, out=out))
+    monkeypatch.setattr(torch.Tensor, "addmm_",
+                        lambda self, a, b: counted.append(b.shape[-2]) or addmm(self, a, b))
+    monkeypatch.setattr(torch_attention, "scripted", lambda device_type: attend_part)
     work = {}
     for density in (1.0, 0.5, 0.1):
         bits = torch.rand(1, 2, 10, 10, generator=torch.Generator().manual_seed(0)) < density

@@ -13,7 +13,6 @@ from support.variants import (
     KERNELS,
     NVIDIA,
     SHARED_LIMIT,
-    Variant,
     all_variants,
     amd_gate_variants,
     default_variants,

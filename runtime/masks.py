@@ -1,0 +1,258 @@
+"""All skip masks of one sampling run, and those that a later run or a report may read after it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..kernels import SkipMask
+
+SIZE_CHANGED = "q, k, v changed their size or dtype in mid-run; the masks started anew"
+NO_MATCH = "continue_from has no mask for some layers or prompts of this run; those warm up as usual"
+
+
+@dataclass(frozen=True)
+class LayerKey:
+    """One self-attention site of one network on one device, inside one context window.
+
+    Attributes:
+        model: identity of the network (two networks can share a run).
+        block: block type and number, e.g. "double 3".
+        ordinal: which self-attention of that block, for blocks that run several.
+        window: the context window's frames, or None.
+    """
+
+    model: Hashable
+    device: torch.device
+    block: str
+    ordinal: int = 0
+    window: Hashable = None
+
+    @property
+    def name(self) -> str:
+        """Display name; blocks that run several self-attentions number them from the second on."""
+        return self.block if not self.ordinal else f"{self.block} #{self.ordinal + 1}"
+
+
+class RowName(NamedTuple):
+    """A batch entry of a run: (identity of its conditioning, the conditioning's number in the guider's list, row in its
+    chunk). Another run with the same prompts has other identities, but the same roles."""
+
+    uuid: Hashable
+    number: int
+    row: int
+
+    @property
+    def role(self) -> Hashable:
+        return self.number, self.row
+
+
+class Signature(NamedTuple):
+    """What has to stay the same for a mask to go on within a run."""
+
+    heads: int
+    seqlen: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What has to stay the same from run to run, also between networks of different precision."""
+        return self[:3]
+
+    def __str__(self) -> str:
+        return f"{self.heads} heads x {self.seqlen} tokens x {self.head_dim}"
+
+
+@dataclass(frozen=True, eq=False)
+class CarriedMask:
+    """A mask of a finished run, in main memory."""
+
+    key: LayerKey
+    row: Hashable
+    signature: Signature
+    mask: SkipMask
+
+
+class CarriedMasks:
+    """The masks of a finished run, in main memory, for a run that continues it and for reports.
+
+    A mask is found again by where it belongs (block, ordinal, context window) and by the role of its row. The network
+    may be another one (Wan 2.2 has two with the same layers). Where that leaves a choice, the same network and the same
+    conditioning win; where they do not settle it, nothing is carried over: a mask that is not certain is worse than a
+    warm-up.
+    """
+
+    def __init__(self, masks: Sequence[CarriedMask] = ()) -> None:
+        self._places: dict[Hashable, list[CarriedMask]] = {}
+        for carried in masks:
+            self._places.setdefault(_place(carried.key, carried.row), []).append(carried)
+
+    def __iter__(self) -> Iterator[CarriedMask]:
+        return (carried for masks in self._places.values() for carried in masks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of main memory."""
+        return sum(carried.mask.nbytes for carried in self)
+
+    def by_layer(self) -> dict[str, SkipMask]:
+        """The mask of each layer's first conditioning, by the display name of the layer."""
+        first: dict[str, CarriedMask] = {}
+        for carried in self:
+            held = first.get(carried.key.name)
+            if held is None or _role(carried.row) < _role(held.row):
+                first[carried.key.name] = carried
+        return {name: carried.mask for name, carried in first.items()}
+
+    def find(self, key: LayerKey, row: Hashable, signature: Signature,
+             used: Collection[CarriedMask] = ()) -> tuple[CarriedMask | None, str]:
+        """(the mask for this row, ""), or (None, why there is none). `used`: masks that other rows go on with."""
+        there = [carried for carried in self._places.get(_place(key, row), []) if carried not in used]
+        fitting = [carried for carried in there if carried.signature.shape == signature.shape]
+        if there and not fitting:
+            return None, (f"continue_from has masks for {there[0].signature}, this run needs {signature}; the masks "
+                          "start anew")
+        for preferred in ([carried for carried in fitting if carried.row == row],
+                          [carried for carried in fitting if carried.key.model == key.model]):
+            if len(fitting) > 1 and preferred:
+                fitting = [carried for carried in fitting if carried in preferred] or fitting
+        return (fitting[0], "") if len(fitting) == 1 else (None, NO_MATCH)
+
+
+def _place(key: LayerKey, row: Hashable) -> Hashable:
+    return key.block, key.ordinal, key.window, getattr(row, "role", row)
+
+
+def _role(row: Hashable) -> tuple[int, int]:
+    return row.role if isinstance(row, RowName) else (0, 0)
+
+
+@dataclass
+class Row:
+    """The mask of one batch entry in one layer. `carried`: it comes from the run before, and needs no warm-up."""
+
+    mask: SkipMask
+    signature: Signature
+    carried: bool = False
+
+    @property
+    def recorded(self) -> bool:
+        return self.mask.passes[0] > 0
+
+
+@dataclass(frozen=True)
+class RowState:
+    """A row before a call: whether its mask has recorded, and whether it was or will be carried over."""
+
+    recorded: bool = False
+    carried: bool = False
+
+
+@dataclass
+class _Layer:
+    rows: dict[Hashable, Row] = field(default_factory=dict)
+
+
+class MaskTable:
+    """One mask of batch 1 per (layer, row), allocated once in its final size.
+
+    Opened with a run and closed with it. There is no reset: a new run is a new table, so that a cached model or guider
+    can never start with the last prompt's decisions. A row seen for the first time starts with every tile active.
+    Locked, because ComfyUI's multi-GPU workers share the table.
+
+    Args:
+        allocating: context manager to hold around allocations (see `Workspace`).
+        carried: masks of the run that this one continues.
+        note: takes a sentence for the user and the display name of the layer.
+    """
+
+    def __init__(self, allocating: Callable[[], AbstractContextManager] = nullcontext,
+                 carried: CarriedMasks | None = None, note: Callable[[str, str], None] = lambda text, layer: None):
+        self.carried_rows = 0
+        self.peak_bytes = 0
+        self._carried = carried
+        self._used: set[CarriedMask] = set()
+        self._allocated = 0
+        self._note = note
+        self._allocating = allocating
+        self._layers: dict[LayerKey, _Layer] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all masks."""
+        return self._allocated
+
+    def states(self, key: LayerKey, names: Sequence[Hashable], signature: Signature) -> list[RowState]:
+        """What is known of the rows of a call. Changes nothing."""
+        with self._lock:
+            rows = self._layers[key].rows if key in self._layers else {}
+            return [RowState(row.recorded, row.carried) if (row := rows.get(name)) and row.signature == signature
+                    else self._new_state(key, name, signature) for name in names]
+
+    def _new_state(self, key: LayerKey, name: Hashable, signature: Signature) -> RowState:
+        found = self._carried is not None and self._carried.find(key, name, signature, self._used)[0] is not None
+        return RowState(recorded=found, carried=found)
+
+    def open(self, key: LayerKey, names: Sequence[Hashable], signature: Signature) -> list[Row]:
+        """The rows of a call; those that are new, or whose shape or dtype has changed, are made.
+
+        Raises:
+            torch.OutOfMemoryError: no memory for a new mask; the rows that have one keep it.
+        """
+        with self._lock:
+            rows = self._layers.setdefault(key, _Layer()).rows
+            for name in names:
+                held = rows.get(name)
+                if held is not None and held.signature != signature:
+                    self._note(SIZE_CHANGED, key.name)
+                    self._allocated -= rows.pop(name).mask.nbytes
+                if name not in rows:
+                    rows[name] = self._new_row(key, name, signature)
+                    self._allocated += rows[name].mask.nbytes
+            self.peak_bytes = max(self.peak_bytes, self._allocated)
+            return [rows[name] for name in names]
+
+    def _new_row(self, key: LayerKey, name: Hashable, signature: Signature) -> Row:
+        found, problem = None, ""
+        if self._carried is not None:
+            found, problem = self._carried.find(key, name, signature, self._used)
+        if problem:
+            self._note(problem, key.name)
+        with self._allocating():
+            if found is None:
+                return Row(SkipMask.full(1, signature.heads, signature.seqlen, device=key.device), signature)
+            self.carried_rows += 1
+            self._used.add(found)
+            return Row(found.mask.to(key.device), signature, carried=True)
+
+    def carry(self) -> CarriedMasks:
+        """A copy in main memory of every mask that has recorded. Synchronises."""
+        with self._lock:
+            return CarriedMasks([CarriedMask(key, name, row.signature, row.mask.to("cpu"))
+                                 for key, layer in self._layers.items() for name, row in layer.rows.items()
+                                 if row.recorded])
+
+    def all_masks(self) -> dict[LayerKey, dict[Hashable, SkipMask]]:
+        """A view of the state for tests."""
+        return {key: {name: row.mask for name, row in layer.rows.items()} for key, layer in self._layers.items()}
+
+    def forget(self, key: LayerKey) -> None:
+        """Drop a layer's masks, after a call on them failed half-way."""
+        with self._lock:
+            layer = self._layers.pop(key, _Layer())
+            self._allocated -= sum(row.mask.nbytes for row in layer.rows.values())
+
+    def close(self) -> None:
+        """Free every mask."""
+        with self._lock:
+            self._layers.clear()
+            self._used.clear()
+            self._allocated = 0
+            self._carried = None

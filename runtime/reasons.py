@@ -1,0 +1,99 @@
+"""Why a call stays dense, as values: what users read, whether it is normal, and what they can do about it.
+
+The tables of docs/troubleshooting.md are made from these values (`python tools/reasons.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..kernels import unsupported_call
+from .call import AttentionCall
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Attributes:
+        text: a few words; calls are counted by it.
+        meaning: one sentence for the table of reasons.
+        expected: whether it is normal, or the user's own setting.
+        hint: what to try where most calls stay dense for this reason, or "".
+    """
+
+    text: str
+    meaning: str
+    expected: bool = False
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+CROSS_ATTENTION = Reason(
+    "cross-attention", "Queries and keys come from different sequences. Half of the calls in Wan.", expected=True)
+NOT_VIDEO = Reason(
+    "not the video tokens", "The self-attention of another sequence: text, audio, an image encoder.", expected=True)
+WARMUP = Reason("warm-up step", "`warmup_steps`: every tile is computed.", expected=True)
+DENSE_END = Reason("dense end step", "`dense_end_steps`: every tile is computed again.", expected=True)
+DENSE_BLOCK = Reason("dense_blocks", "The block is in `dense_blocks`.", expected=True)
+TOO_SHORT = Reason(
+    "fewer than … tokens", "`min_tokens`, or its value for the device: too few tiles to gain.",
+    hint="the video is short or small: more frames or pixels, or a lower min_tokens to try it anyway")
+UNSUPPORTED = Reason(
+    "not supported", "The call has a mask, a data type, a head size or a layout that the kernels do not compute; the "
+    "text names it.", hint="this model is not supported")
+MOSTLY_EXTRA = Reason(
+    "more extra tokens than video tokens", "Text or reference tokens outnumber the tokens of the video.",
+    hint="fewer or smaller references, or a longer video")
+NO_LAYOUT = Reason(
+    "token layout unknown", "How many tokens the latent makes is not known.",
+    hint="the token layout of this model is not known; it is not supported yet")
+NO_LAYER = Reason(
+    "the model does not say which layer calls", "The model does not number its blocks, so no mask can be found again.",
+    hint="this model does not number its blocks and is not supported yet")
+NO_ROWS = Reason(
+    "batch rows without an identity", "The host does not say which prompt a batch row belongs to.",
+    hint="a node or sampler hides the prompts; please report it with the workflow")
+EXTRA_PASS = Reason(
+    "extra guidance pass", "A guider evaluates a changed network (skip-layer guidance and its relatives).",
+    hint="guidance that changes the network stays dense; turn it off to gain there")
+MOVING_WINDOWS = Reason(
+    "context windows move between steps", "Windows cover other frames in every step, so no mask fits twice.",
+    hint="choose a context schedule whose windows stay (standard_static or batched)")
+SPARSE_ON_TOP = Reason(
+    "Model Sparse Attention has the attention", "ComfyUI's own sparse attention was applied after this node.",
+    hint="remove Model Sparse Attention or LiteAttention")
+DENSE_FASTER = Reason(
+    "dense attention is faster here", "The layer keeps too many tiles to gain; every 4th step it is tried again.",
+    hint="raise error_budget, or threshold towards 0, to skip more")
+NO_BACKEND = Reason(
+    "no fast backend on this device", "Triton is missing or does not run here; the note says why.",
+    hint="install what the note about the device names")
+NO_MEMORY = Reason(
+    "no memory for the skip mask", "The mask of the layer could not be allocated.",
+    hint="make the video shorter or smaller")
+KERNEL_FAILED = Reason(
+    "the kernel failed in this run", "An error of the pack; the note has it. The video is correct.",
+    hint="the video is correct; please report the note about the kernel")
+
+REASONS = (CROSS_ATTENTION, NOT_VIDEO, WARMUP, DENSE_END, DENSE_BLOCK, TOO_SHORT, UNSUPPORTED, MOSTLY_EXTRA, NO_LAYOUT,
+           NO_LAYER, NO_ROWS, EXTRA_PASS, MOVING_WINDOWS, SPARSE_ON_TOP, DENSE_FASTER, NO_BACKEND, NO_MEMORY,
+           KERNEL_FAILED)
+"""In the order of the table."""
+
+AUTO_MIN_TOKENS = {"cpu": 1024}
+AUTO_MIN_TOKENS_DEFAULT = 4096
+"""Below this a call has too few tiles to win by skipping. Estimates: the value for GPUs is not yet measured; on a CPU
+the break-even depends on ComfyUI's own attention there (benchmarks/cpu.py, demo/run.py)."""
+
+
+def call_reason(call: AttentionCall, min_tokens: int) -> Reason | None:
+    """Why a call cannot be sparse, from its shapes, dtypes and devices; or None."""
+    if call.seqlen_q != call.seqlen_k:
+        return CROSS_ATTENTION
+    problem = unsupported_call(call.q, call.k, call.v, heads=call.packed_heads, attn_mask=call.attn_mask,
+                               sm_scale=call.sm_scale)
+    if problem is not None:
+        return replace(UNSUPPORTED, text=problem.reason)
+    limit = min_tokens or AUTO_MIN_TOKENS.get(call.q.device.type, AUTO_MIN_TOKENS_DEFAULT)
+    return replace(TOO_SHORT, text=f"fewer than {limit} tokens") if call.seqlen_q < limit else None

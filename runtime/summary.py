@@ -1,0 +1,239 @@
+"""What a run tells: a line after each step, a summary at the end, and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from .reasons import CROSS_ATTENTION, DENSE_FASTER, NOT_VIDEO, Reason
+from .rules import Rule
+from .schedule import NO_STEP_LEFT
+from .timing import TimeSaved
+
+MB = 2**20
+NODE_LINE = ";\n"
+"""Between the lines of a text on the node: the frontend's newer nodes show a line break as a space."""
+
+LITTLE_SKIPPED = 0.05
+SMALL_SHARE = 0.2
+"""Of a run's time that attention takes when dense: with less, even skipping half of it saves less than a tenth."""
+MUCH_DENSE = 0.1
+"""Of the self-attention over the video's tokens that stays dense, for a faster dense attention to be worth a word."""
+
+_OTHER = {CROSS_ATTENTION: "cross-attention calls", NOT_VIDEO: "calls over other tokens"}
+"""Reasons of calls that are no self-attention over the video."""
+
+NOT_REACHED = ("no attention call reached LiteAttention: a node after it replaced the attention; put LiteAttention "
+               "last before the sampler")
+
+
+def bytes_text(nbytes: int) -> str:
+    """"7.5 MB", "14.1 KB"; units of 2^20 and 2^10 bytes."""
+    return f"{nbytes / MB:.1f} MB" if nbytes >= MB // 10 else f"{nbytes / 1024:.1f} KB"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished step.
+
+    Attributes:
+        step, total_steps: counted from 1.
+        skipped: share of this step's self-attention tiles that were not computed, 0..1; None if no eligible call
+            ran (a step cache answered it).
+        skipped_so_far: the same for the run up to here.
+        mask_bytes: memory of the skip masks.
+        phase: what the step was by plan.
+        saved: attention time of the run up to here, or None where it is not timed.
+    """
+
+    step: int
+    total_steps: int
+    skipped: float | None
+    skipped_so_far: float
+    mask_bytes: int
+    phase: str
+    saved: TimeSaved | None = None
+
+    def text(self) -> str:
+        """Two short lines for the node: it shows hardly three, of 40 characters."""
+        now = "no attention ran" if self.skipped is None else f"skipped {self.skipped:.0%}"
+        lines = [f"step {self.step}/{self.total_steps} ({self.phase}): {now}, run {self.skipped_so_far:.0%}"]
+        if self.saved is not None:
+            seconds = self.saved.dense_seconds - self.saved.sparse_seconds
+            lines.append(f"attention: {abs(seconds):.1f} s {'saved' if seconds >= 0 else 'more'} so far")
+        return NODE_LINE.join(lines)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One finished run.
+
+    Attributes:
+        plan: what the settings meant for this run. rule: which rule chose the tiles.
+        steps_done, total_steps: of the run.
+        forward_passes: model evaluations that called attention.
+        sparse_calls: attention calls that the sparse kernel served. dense_calls: the others, by reason.
+        tiles_computed, tiles_total: of all self-attention over the video's tokens; dense_tiles: of its dense calls.
+        skipped_per_step: 0..1; None where no such call ran.
+        layers: skipped share of each layer in each step, of its sparse calls; None where there was none.
+        mask_bytes: peak memory of the skip masks. carried_bytes: main memory of their copies for later nodes.
+        tokens: of the longest sparse call.
+        backend: which backend ran where. fallback: display name of the attention that computes dense calls.
+        break_evens: for each shape of call, the share of active tiles above which the fallback attention is faster,
+            and where that is known from (`BreakEven`).
+        saved: attention time, or None where it was not timed.
+        seconds: from the first evaluation to the end of the last step; None if no step has finished.
+        settings: the node's settings.
+        notes: events worth a line. advice: what to try.
+        environment: versions, device and model, for bug reports.
+    """
+
+    plan: str
+    rule: str
+    steps_done: int
+    total_steps: int
+    forward_passes: int
+    sparse_calls: int
+    dense_calls: dict[Reason, int]
+    tiles_computed: int
+    tiles_total: int
+    dense_tiles: int
+    skipped_per_step: list[float | None]
+    layers: dict[str, list[float | None]]
+    mask_bytes: int
+    tokens: int
+    backend: str = ""
+    fallback: str = ""
+    carried_bytes: int = 0
+    break_evens: list[dict] = field(default_factory=list)
+    saved: TimeSaved | None = None
+    seconds: float | None = None
+    settings: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> float:
+        """Share of the run's self-attention tiles that were not computed, 0..1."""
+        return 1 - self.tiles_computed / self.tiles_total if self.tiles_total else 0.0
+
+    @property
+    def dense_share(self) -> float:
+        """Share of the run's self-attention tiles that the fallback attention computed, 0..1."""
+        return self.dense_tiles / self.tiles_total if self.tiles_total else 0.0
+
+    @property
+    def dense_run_seconds(self) -> float | None:
+        """What `seconds` would be with every self-attention call dense; None where attention was not timed."""
+        if self.seconds is None or self.saved is None:
+            return None
+        return self.seconds + self.saved.dense_seconds - self.saved.sparse_seconds
+
+    @property
+    def speed_up(self) -> float | None:
+        """Time of a dense run over that of this one; None where attention was not timed."""
+        dense = self.dense_run_seconds
+        return dense / self.seconds if dense and self.seconds and self.sparse_calls else None
+
+    @property
+    def attention_share(self) -> float | None:
+        """Share of `dense_run_seconds` that self-attention over the video's tokens takes, 0..1."""
+        whole = self.dense_run_seconds
+        return min(1.0, self.saved.dense_seconds / whole) if whole else None
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON. "expected" are the reasons in "dense_calls" that are normal or the user's settings."""
+        dense_calls = {reason.text: count for reason, count in self.dense_calls.items()}
+        layers = {name: [None if share is None else round(share, 4) for share in shares]
+                  for name, shares in self.layers.items()}
+        return {**asdict(replace(self, dense_calls={})), "dense_calls": dense_calls, "layers": layers,
+                "expected": sorted(reason.text for reason in self.dense_calls if reason.expected),
+                "headline": self.headline(), "skipped": self.skipped, "speed_up": self.speed_up,
+                "dense_run_seconds": self.dense_run_seconds, "attention_share": self.attention_share}
+
+    def text(self) -> str:
+        """One readable line, for the log."""
+        return "; ".join(self.lines())
+
+    def node_text(self) -> str:
+        """The same for the node, line by line."""
+        return NODE_LINE.join(self.lines())
+
+    def headline(self) -> str:
+        """On, or why not; how much was skipped, how fast, and the first thing to change."""
+        if not self.sparse_calls:
+            why = self.main_reason()
+            if why is None:
+                return f"off: {NOT_REACHED}"
+            return "; try: ".join(filter(None, (f"off: {why}", self.advice[0] if self.advice else "")))
+        parts = [f"on: {self.skipped:.1%} of attention skipped"]
+        if self.speed_up is not None:
+            parts.append(f"{self.speed_up:.2f}x as fast as dense")
+        return "; try: ".join([", ".join(parts), *self.advice[:1]])
+
+    def main_reason(self) -> Reason | None:
+        """The reason of most dense calls: first of those that are not normal, then of self-attention."""
+        return max(self.dense_calls, default=None,
+                   key=lambda reason: (not reason.expected, reason not in _OTHER, self.dense_calls[reason]))
+
+    def lines(self) -> list[str]:
+        """The headline, then short lines in a fixed order: time, calls, steps, masks, further advice, notes."""
+        lines = [self.headline()]
+        if not self.sparse_calls and not self.dense_calls:
+            return lines + self.notes
+        if self.speed_up is not None:
+            lines.append(f"time: {self.seconds:.1f} s, dense about {self.dense_run_seconds:.1f} s, of which attention "
+                         f"{self.attention_share:.0%}")
+        lines.append(self._calls())
+        lines.append(f"steps: {self.plan}, {self.rule}")
+        lines.append(f"masks: {bytes_text(self.mask_bytes)}" + (f", {self.backend}" if self.backend else ""))
+        if DENSE_FASTER in self.dense_calls:
+            known = dict.fromkeys(f"{known['density']:.0%} ({known['source']})" for known in self.break_evens)
+            lines.append(f"dense attention is faster above {', '.join(known)} of the tiles")
+        lines += [f"try: {advice}" for advice in self.advice[1:]]
+        return lines + self.notes
+
+    def _calls(self) -> str:
+        """Self-attention over the video first: the others are never sparse."""
+        reasons = sorted(self.dense_calls.items(), key=lambda item: -item[1])
+        dense = [f"{count} {reason}" for reason, count in reasons if reason not in _OTHER]
+        total = self.sparse_calls + sum(count for reason, count in reasons if reason not in _OTHER)
+        parts = [f"self-attention: {self.sparse_calls} of {total} calls sparse"]
+        if dense:
+            parts.append(f"dense: {', '.join(dense)}")
+        parts += [f"{self.dense_calls[other]} {calls}" for other, calls in _OTHER.items() if other in self.dense_calls]
+        by = f" (dense by {self.fallback})" if self.fallback and self.dense_calls else ""
+        return ", ".join(parts) + by
+
+
+def advise(summary: RunSummary, rule: Rule, faster_dense: str = "") -> list[str]:
+    """What to try, most urgent first; empty if there is nothing to improve or the run did not finish.
+
+    Args:
+        faster_dense: what to say where much stays dense and a faster dense attention is there.
+    """
+    if summary.steps_done < summary.total_steps:
+        return []
+    found = []
+    bolder = f"{rule.bolder()} to skip more, and look at the video" if rule.bolder() else \
+        "this video has little to skip"
+    declined = {reason: count for reason, count in summary.dense_calls.items() if not reason.expected}
+    if sum(declined.values()) > summary.sparse_calls:
+        main = max(declined, key=lambda reason: declined[reason])
+        found.append(bolder if main == DENSE_FASTER else main.hint)
+    if NO_STEP_LEFT in summary.plan:
+        found.append("lower warmup_steps or dense_end_steps: no step was left to skip in")
+    elif summary.sparse_calls and summary.skipped < LITTLE_SKIPPED:
+        found.append(bolder)
+    share = summary.attention_share
+    if share is not None and share < SMALL_SHARE:
+        found.append(f"attention is only {share:.0%} of this run's time without LiteAttention; see what takes the rest "
+                     "(weights that move in and out of a full GPU, few tokens)")
+    if faster_dense and summary.dense_share > MUCH_DENSE and (share is None or share >= SMALL_SHARE):
+        found.append(faster_dense)
+    return _once(found)
+
+
+def _once(sentences: Sequence[str]) -> list[str]:
+    return [sentence for sentence in dict.fromkeys(sentences) if sentence]
