@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-THRESHOLD = -4.0
+THRESHOLD = -2.0
 
 
 def load_kernels():
@@ -75,7 +75,7 @@ def make_inputs(seqlen: int, head_dim: int, dtype) -> list:
     q[..., 0] += math.sqrt(head_dim)
     k[..., 0] *= 3
     v += torch.tensor([1.0, -2.0, 2.0])[tile, None, None] + 10 * k[..., :1]
-    k[..., 0] += math.log(2) * torch.tensor([0.0, -7.0, -2.5])[tile, None]
+    k[..., 0] += math.log(2) * torch.tensor([0.0, -7.5, -4.5])[tile, None]
     return [x.to(dtype).transpose(1, 2) for x in (q, k, v)]
 
 
