@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -68,7 +70,21 @@ def unsupported_call(q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = Non
     return None
 
 
-@torch.compiler.disable  # neither launches nor masks that change in place can be traced
+def _never_traced(function):
+    """`torch.compiler.disable` without its import, which brings Triton along: launches cannot be traced."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if "torch._dynamo" not in sys.modules:  # nobody compiles
+            return function(*args, **kwargs)
+        if call.disabled is None:
+            call.disabled = torch.compiler.disable(function)
+        return call.disabled(*args, **kwargs)
+
+    call.disabled = None
+    return call
+
+
+@_never_traced
 def lite_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: SkipMask | Sequence[SkipMask] | None = None, *,
     threshold: float = -math.inf, criterion: str = "max", record: bool = True, pool_skipped: bool = False,

@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-THRESHOLD = -4.0
+THRESHOLD = -2.0
 
 
 def load_kernels():
@@ -52,7 +52,7 @@ def check(kernels, device: str, forms: list) -> str | None:
         # Several heads and batch entries, but for the interpreter, to which each costs as much as the first.
         inputs = make_inputs(1 if device == "cpu" else 2, 300 if form.ragged else 384, form.head_dim, form.dtype)
         expected, expected_words = run(kernels, "torch", inputs, "cpu", form, form == with_lse)
-        if not (expected_words == (0b011 if form.pool_skipped else 0b101)).any():
+        if not (expected_words == 0b011).any():
             return f"the self-test's own data dropped no tile: {form.name}"
         results, words = run(kernels, "triton", inputs, device, form, form == with_lse)
         for a, b in zip(results, expected, strict=True):
@@ -76,7 +76,7 @@ def make_inputs(entries: int, seqlen: int, head_dim: int, dtype) -> list:
     q[..., 0] += math.sqrt(head_dim)
     k[..., 0] *= 3
     v += torch.tensor([1.0, -2.0, 2.0])[tile, None, None] + 10 * k[..., :1]
-    k[..., 0] += math.log(2) * torch.tensor([0.0, -7.0, -1.5])[tile, None]
+    k[..., 0] += math.log(2) * torch.tensor([0.0, -7.5, -4.5])[tile, None]
     return [x.to(dtype).transpose(1, 2) for x in (q, k, v)]
 
 

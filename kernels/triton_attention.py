@@ -115,7 +115,7 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
                      TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
                      D_PADDED: tl.constexpr, RAGGED: tl.constexpr, RECORD_IN_REGISTERS: tl.constexpr,
                      MASS: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr, PV_FP16: tl.constexpr,
-                     HAS_LSE: tl.constexpr, POOLED: tl.constexpr, PRECISION: tl.constexpr):
+                     HAS_LSE: tl.constexpr, POOLED: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr):
     """One program per (batch entry, head, BLOCK_M query rows), query tile fastest so that a head's K, V stay in L2.
 
     Pointers as in `tile_list_kernel`; order: int64 [B*H*QT], which list each program takes. q, k, v, out are
@@ -174,7 +174,7 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
         final = tl.load(list_ptr + tl.maximum(n_active - 1, 0)).to(tl.int32)
         n_partial = ((n_active > 0) & (final == k_tiles - 1)).to(tl.int32)
 
-    for i in tl.range(0, (n_active - n_partial) * N_PARTS):
+    for i in tl.range(0, (n_active - n_partial) * N_PARTS, num_stages=NUM_STAGES):
         tile = tl.load(list_ptr + i // N_PARTS).to(tl.int32)
         first = tile * TILE + (i % N_PARTS) * BLOCK_N
         k, v, tile_scale, v_scale = _load(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext, suppress
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -135,9 +136,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, ma
     if copies is not None:
         q, k, v, q_scale, k_scale, v_scale, _ = copies
     strides = _strides(q=q, k=k, v=v, o=out)
-    tma = config.tma and _has_descriptor(k) and _has_descriptor(v)
-    if tma:
-        k, v = _descriptor(k, config.BLOCK_N), _descriptor(v, config.BLOCK_N)
+    descriptors = [_descriptor(x, config.BLOCK_N) for x in (k, v)] if config.tma else [None]
+    if tma := None not in descriptors:
+        k, v = descriptors
     attention_kernel[(lists.counts_ptr.numel() * (TILE // config.BLOCK_M),)](
         q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, q_scale_ptr=q_scale, k_scale_ptr=k_scale,
         v_scale_ptr=v_scale, masks_ptr=masks, lists_ptr=lists.lists_ptr, counts_ptr=lists.counts_ptr, order_ptr=order,
@@ -146,7 +147,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, ma
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, RAGGED=common["seqlen_k"] % TILE != 0,
         RECORD_IN_REGISTERS=config.record_in_registers, TMA=tma, INT8=copies is not None,
         PV_FP16=v_scale is not None, HAS_LSE=lse is not None, POOLED=pooled.row_threshold_ptr is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages)
+        NUM_STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool) -> _Int8:
@@ -220,16 +221,19 @@ def _padded(head_dim: int) -> int:
     return 64 if head_dim == 64 else 128
 
 
-def _has_descriptor(x: Tensor) -> bool:
-    """Whether TMA can load x [B, H, N, D]: 16-byte alignment, no broadcast, and a head_dim that is one block wide."""
-    n_b, n_h, n_n, head_dim = x.shape
-    s_b, s_h, s_n, _ = x.stride()
-    aligned = 16 // x.itemsize
-    return (head_dim in (64, 128) and x.data_ptr() % 16 == 0 and (n_b == 1 or (s_b > 0 and s_b % aligned == 0))
-            and (n_h == 1 or (s_h > 0 and s_h % aligned == 0)) and (n_n == 1 or (s_n > 0 and s_n % aligned == 0)))
-
-
-def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor:
+@lru_cache(maxsize=256)
+def _descriptor_strides(shape: tuple[int, ...], strides: tuple[int, ...], misaligned: int,
+                        itemsize: int) -> list[int] | None:
+    """What TMA is told of a tensor [B, H, N, D], or None where it cannot load it: it wants addresses (`misaligned`: by
+    how many bytes) and strides of 16 bytes, no broadcast, and a head_dim that is one block wide."""
     # The stride of a dimension of one element is arbitrary; TMA wants it aligned all the same.
-    strides = [16 if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block_n, x.shape[-1]])
+    told = [16 if n == 1 else stride for n, stride in zip(shape[:3], strides[:3], strict=True)]
+    if shape[3] not in (64, 128) or misaligned or any(s <= 0 or s * itemsize % 16 for s in told):
+        return None
+    return [*told, 1]
+
+
+def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor | None:
+    """x [B, H, N, D] in blocks of block_n tokens, or None, see `_descriptor_strides`."""
+    strides = _descriptor_strides(tuple(x.shape), x.stride(), x.data_ptr() % 16, x.itemsize)
+    return strides and TensorDescriptor(x, list(x.shape), strides, [1, 1, block_n, x.shape[3]])

@@ -14,8 +14,8 @@ def tile_list_kernel(masks_ptr, must_ptr, lists_ptr, counts_ptr, computed_ptr,
     """One program per (batch entry, head, query tile).
 
     masks_ptr: int64 [B, 2], address of the entry's mask words and its direction. must_ptr: int32 [QT, W].
-    lists_ptr: int16 [B*H*QT, KT rounded up to 16]. counts_ptr: int32 [B*H*QT]. computed_ptr: int64 [n_counters]: with
-    COUNTS each list's length is added to one of them. REWRITE empties the mask but for must-keep bits: the attention
+    lists_ptr: int16 [B*H*QT, KT rounded up to 16]. counts_ptr: int32 [B*H*QT]. computed_ptr: int64 [n_counters], with
+    COUNTS: each list's length is added to one of them. REWRITE empties the mask but for must-keep bits: the attention
     kernel ORs its keep decisions back in, so a call needs no second buffer; without it those ORs change nothing.
     """
     q_tiles = tl.cdiv(seqlen_q, TILE)

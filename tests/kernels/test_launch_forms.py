@@ -46,7 +46,7 @@ def test_what_descriptors_cannot_take_is_loaded_by_pointers(device, monkeypatch)
     from liteattention.kernels import triton_launch
 
     made = []
-    monkeypatch.setattr(triton_launch, "_descriptor", lambda *args: made.append(args))
+    monkeypatch.setattr(triton_launch, "TensorDescriptor", lambda *args: made.append(args))
     odd = torch.randn(1, 300, 2 * 64 + 4, generator=torch.Generator().manual_seed(0)).half()
     full = SkipMask.full(1, 2, 300, device=device)
     for x in (odd[..., 4:].unflatten(-1, (2, 64)).transpose(1, 2),             # rows of 132 elements: 264 bytes

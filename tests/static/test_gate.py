@@ -55,6 +55,18 @@ def test_pins_gate_and_self_test_hold_what_is_launched_and_nothing_else(static):
     assert {v.kernel for v in gate_variants()} == set(KERNELS)
 
 
+def test_the_table_knows_the_nodes_defaults_and_everything_that_is_served():
+    from liteattention.kernels import CRITERIA, DTYPES, HEAD_DIMS, PRECISIONS
+    from liteattention.runtime.config import LiteAttentionConfig
+
+    config = LiteAttentionConfig()
+    first = {name: values[0] for name, values in forms.CHOICES.items()}
+    assert first["criterion"] == config.rule.skip_test(None, 0, 1024).criterion
+    assert (first["precision"], first["pool_skipped"]) == (config.precision, config.pool_skipped)
+    served = {"criterion": CRITERIA, "precision": PRECISIONS, "head_dim": HEAD_DIMS, "dtype": DTYPES}
+    assert {name: set(values) for name, values in served.items()} == {name: set(forms.CHOICES[name]) for name in served}
+
+
 def test_the_self_test_of_a_gpu_checks_the_pinned_forms(monkeypatch):
     from liteattention import kernels
     from liteattention.kernels import launch_table
