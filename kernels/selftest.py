@@ -65,8 +65,9 @@ def check(kernels, device: str, forms: list) -> str | None:
 
 
 def make_inputs(entries: int, seqlen: int, head_dim: int, dtype) -> list:
-    """q, k, v [entries, entries, seqlen, head_dim] whose key tiles differ in strength: of plain noise no tile is ever dropped, and
-    the masks would prove nothing. Values go with keys and differ between tiles, or pooling would prove nothing."""
+    """q, k, v [entries, entries, seqlen, head_dim] whose key tiles differ in strength: of plain noise no tile is ever
+    dropped, and the masks would prove nothing. Values go with keys and differ between tiles, or pooling would prove
+    nothing."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ from liteattention.host import attach
 from liteattention.runtime import LiteAttentionConfig, RunHandle, Threshold
 
 
-def test_skip_layer_guidance_passes_are_left_and_touch_no_mask(kit, runs):
+def test_skip_layer_guidance_passes_stay_dense_and_touch_no_mask(kit, runs):
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
     handle = RunHandle()
@@ -68,7 +68,7 @@ def test_static_windows_have_masks_of_their_own(kit, runs, schedule):
     assert not handle.summary.notes, "no window starts another one's mask afresh"
 
 
-def test_moving_windows_are_left(kit, runs):
+def test_moving_windows_stay_dense(kit, runs):
     handle = RunHandle()
     model = kit.lite(window_node(kit.model, "standard_uniform"), handle)
     kit.sample(model, size=(9, 16, 16))
@@ -94,7 +94,7 @@ def test_compiled_models_keep_one_mask_per_layer(kit, runs):
     assert set(runs[-1].passes.values()) == {4}
 
 
-def test_an_earlier_override_serves_what_is_left(kit, monkeypatch):
+def test_an_override_before_the_node_computes_the_dense_calls(kit, monkeypatch):
     model, calls = kit.watched(kit.model)
     all_calls = count_backend_calls(monkeypatch)
     handle = RunHandle()
@@ -139,7 +139,7 @@ def test_an_override_after_the_node_is_explained(kit):
     assert "put LiteAttention last" in handle.summary.text()
 
 
-def test_the_input_model_is_left_as_it_was(kit):
+def test_the_input_model_stays_as_it_was(kit):
     options = kit.model.model_options
     before = repr(sorted(options)), repr(options.get("transformer_options")), repr(kit.model.wrappers)
     dense = kit.sample(kit.model)
@@ -148,7 +148,7 @@ def test_the_input_model_is_left_as_it_was(kit):
     assert torch.equal(kit.sample(kit.model), dense)
 
 
-def test_everything_left_is_the_same_bytes_as_without_the_node(kit):
+def test_all_dense_is_the_same_bytes_as_without_the_node(kit):
     assert torch.equal(kit.sample(kit.lite(dense_blocks="0--1")), kit.sample(kit.model))
 
 
