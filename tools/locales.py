@@ -2,7 +2,7 @@
 
 ComfyUI's frontend reads these files from `/i18n` (ComfyUI, app/custom_node_manager.py) and takes their texts in the
 place of those in the schema. A label starts with the name that the schema gives, followed by a translation, because
-tooltips, receipts and help pages use that name.
+tooltips, run summaries and help pages use that name.
 """
 
 from __future__ import annotations
@@ -41,13 +41,22 @@ def node_texts(object_info: dict) -> dict:
 
 
 def _texts(node: dict) -> dict:
-    inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    inputs = dict(_inputs(node["input"]))
     outputs = zip(node["output_name"], node["output_tooltips"], strict=True)
     return {
         "display_name": node["display_name"], "description": node["description"],
-        "inputs": {name: {"name": options.get("display_name") or name, "tooltip": options["tooltip"]}
-                   for name, (_, options) in inputs.items()},
+        "inputs": {key: {"name": name, "tooltip": tooltip} for key, (name, tooltip) in inputs.items()},
         "outputs": {str(i): {"name": name, "tooltip": tooltip} for i, (name, tooltip) in enumerate(outputs)}}
+
+
+def _inputs(sections: dict, prefix: str = "") -> Iterator[tuple[str, tuple[str, str]]]:
+    """(key, (name, tooltip)) of every input; what a dynamic combo shows has the combo's name before it, joined by the
+    character that the frontend puts in the place of a dot."""
+    for name, (_, options) in {**sections.get("required", {}), **sections.get("optional", {})}.items():
+        yield prefix + name, (options.get("display_name") or name, options["tooltip"])
+        for option in options.get("options", ()):
+            if isinstance(option, dict):
+                yield from _inputs(option["inputs"], f"{prefix}{name}_")
 
 
 def leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:

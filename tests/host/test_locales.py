@@ -77,12 +77,14 @@ def test_numbers_are_the_same_in_every_language(language):
 @pytest.mark.parametrize("language", OTHERS)
 def test_inputs_options_and_nodes_are_called_by_their_names(language, object_info):
     texts, source = read_locale(language), read_locale("en")
-    known = {name for node in source.values() for name in node["inputs"] if "_" in name}
+    known = {described["name"] for node in source.values() for described in node["inputs"].values()
+             if "_" in described["name"]}
     titles = {node["display_name"] for node in source.values()}
     for node, described in source.items():
         inputs = {**object_info[node]["input"].get("required", {}), **object_info[node]["input"].get("optional", {})}
         for keys, text in leaves(described):
-            options = inputs[keys[1]][1].get("options", []) if keys[0] == "inputs" else []
+            options = inputs.get(keys[1], ("", {}))[1].get("options", []) if keys[0] == "inputs" else []
+            options = [option["key"] if isinstance(option, dict) else option for option in options]
             translated = texts[node][keys[0]]
             for key in keys[1:]:
                 translated = translated[key]
