@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from liteattention.runtime import LiteAttentionConfig
+from liteattention.runtime import ErrorBudget, LiteAttentionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "workflows").glob("*.json"))
@@ -61,9 +61,9 @@ def test_links_and_slots_name_each_other(graph):
     assert sorted(ends) == sorted(starts) == sorted(links)
 
 
-def test_only_core_nodes_and_ours_and_a_note_that_tells(graph):
+def test_only_core_nodes_and_nodes_of_the_pack_and_a_note_that_tells(graph):
     notes = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
-    assert notes and all(word in notes[0] for word in ("# ", "LiteAttention", "receipt"))
+    assert notes and all(word in notes[0] for word in ("# ", "LiteAttention", "run summary"))
     assert not any("`" in note for note in notes), "the frontend's newer nodes show code blue on the note's brown"
     for node in graph["nodes"]:
         if node["type"] == "MarkdownNote":
@@ -103,20 +103,21 @@ def test_every_model_file_has_its_address_and_is_in_the_note(graph):
             assert model["directory"] in MODEL_FOLDERS and f"{name}: models/{model['directory']}" in note
 
 
-def test_our_node_has_the_widgets_of_the_schema_and_is_last_before_the_sampler(graph):
+def test_the_node_has_the_widgets_of_the_schema_and_is_last_before_the_sampler(graph):
     nodes = {node["id"]: node for node in graph["nodes"]}
-    ours = [node for node in graph["nodes"] if node["type"] == "LiteAttention"]
-    assert ours
-    for node in ours:
+    lite = [node for node in graph["nodes"] if node["type"] == "LiteAttention"]
+    assert lite
+    for node in lite:
         targets = {nodes[link[3]]["type"] for link in graph["links"] if link[1] == node["id"] and link[2] == 0}
         assert targets & {"KSampler", "KSamplerAdvanced", "CFGGuider"}
         assert targets <= {"KSampler", "KSamplerAdvanced", "CFGGuider", "LiteAttentionReport"}
-        if node["type"] == "LiteAttention":
-            threshold, *others = node["widgets_values"]
-            LiteAttentionConfig(float(threshold), *others)
-            widgets = [slot["widget"]["name"] for slot in node["inputs"] if "widget" in slot]
-            assert widgets == [field.name for field in fields(LiteAttentionConfig)]
-            assert len(widgets) == len(node["widgets_values"])
+        rule, share, *others = node["widgets_values"]
+        assert rule == "error budget", "the default rule, by what people see"
+        LiteAttentionConfig(ErrorBudget(share), *others)
+        widgets = [slot["widget"]["name"] for slot in node["inputs"] if "widget" in slot]
+        settings = [field.name for field in fields(LiteAttentionConfig)]
+        assert widgets == [settings[0], "rule.error_budget", *settings[1:]]
+        assert len(widgets) == len(node["widgets_values"])
 
 
 def by_type(name, kind):
