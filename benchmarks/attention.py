@@ -30,9 +30,7 @@ CPU_SHAPES = ((1024, 2), (2000, 2))
 
 COLUMNS = {"contender": "contender", "skipped": "skipped", "median_ms": "ms", "q1_ms": "q1", "q3_ms": "q3",
            "tflops": "TFLOP/s", "speedup_over_sdpa": "x SDPA", "efficiency": "efficiency",
-           "over_dense_loop": "/dense", "over_reading": "/read", "error": "rel. L2", "problem": "problem"}
-VERDICT_COLUMNS = {"figure": "figure", "measured": "measured", "at_least": "at least", "aim": "aim",
-                   "verdict": "verdict", "where": "worst at"}
+           "over_reading": "/read", "error": "rel. L2", "problem": "problem"}
 
 
 class DeviceLostError(RuntimeError):
@@ -112,12 +110,12 @@ def slower_sdpa(rows: list[dict], group: Group) -> set[str]:
 
 
 def takes_part(contender, group: Group, without: list[str], slower: set[str]) -> bool:
-    """At 0 % all; elsewhere what depends on the mask, the best SDPA and the full list, which is t(0) of efficiency."""
+    """At 0 % all; elsewhere what depends on the mask, the best SDPA and "unskipped", which is t(0) of efficiency."""
     if any(word in contender.name for word in without) or contender.name in slower:
         return False
     if group.sparsity == 0:
-        return contender.form != "read"  # the list loop is the reader with every tile
-    return contender.sparse or contender.form == "list" or contender.name.startswith("sdpa")
+        return contender.form != "read"  # "unskipped" is the reader with every tile
+    return contender.sparse or contender.form == "unskipped" or contender.name.startswith("sdpa")
 
 
 def checked(contender, problem, references: dict):
@@ -125,7 +123,7 @@ def checked(contender, problem, references: dict):
     import torch
     from support.reference import Reference, poison
 
-    restricted = contender.form in ("read", "record", "masked")
+    restricted = contender.form in ("read", "record", "default", "masked")
     if restricted not in references:
         references[restricted] = Reference(problem.q, problem.k, problem.v, problem.bits if restricted else None)
     poison(problem.q)
@@ -153,7 +151,6 @@ def measure(group: Group, members: list, device, seconds: float, deadline: float
     """The rows of one group. `mark` is told what runs, in case it never ends."""
     from support.report import plain
     from support.timing import interleaved
-    from support.verdict import add_ratios
 
     problem = make_problem(group, device, seed)
     skipped = 1 - problem.bits.float().mean().item()
@@ -181,7 +178,8 @@ def measure(group: Group, members: list, device, seconds: float, deadline: float
     for name, row in rows.items():
         if name in failed:
             row["problem"] = plain(failed[name])
-        if row["form"] == "record" and name in problem.masks and not problem.masks[name].to_bool().equal(problem.bits):
+        records = row["form"] in ("record", "default") and name in problem.masks
+        if records and not problem.masks[name].to_bool().equal(problem.bits):
             row["problem"] = "tiles were dropped while it was timed"
         elif name in times:
             row |= asdict(times[name])
@@ -190,8 +188,24 @@ def measure(group: Group, members: list, device, seconds: float, deadline: float
     return list(rows.values())
 
 
+def add_ratios(rows: list[dict]) -> None:
+    """Put the ratios of one group into its rows: over the best SDPA, over reading, efficiency. A row without a time
+    takes no part."""
+    timed = {row["contender"]: row for row in rows if row.get("median_ms")}
+    sdpa = [row["median_ms"] for name, row in timed.items() if name.startswith("sdpa")]
+    for row in timed.values():
+        took, form = row["median_ms"], row["form"]
+        row["speedup_over_sdpa"] = min(sdpa) / took if sdpa else None
+        unskipped = timed.get(f"unskipped {row['precision']}")
+        read = timed.get(f"read {row['precision']}") or (unskipped if row["sparsity"] == 0 else None)
+        if form in ("record", "default") and read:
+            row["over_reading"] = took / read["median_ms"]
+        if form in ("read", "record", "default") and unskipped and row["sparsity"]:
+            row["efficiency"] = unskipped["median_ms"] * (1 - row["skipped"]) / took
+
+
 def kernel_shares(group: Group, device, seed: int) -> list[dict]:
-    """GPU time of each kernel of one of our calls as a share of all of them, by torch's profiler."""
+    """GPU time of each kernel of one call of this pack as a share of all of them, by torch's profiler."""
     import torch
     from support.contenders import contenders
     from support.report import plain
@@ -199,7 +213,7 @@ def kernel_shares(group: Group, device, seed: int) -> list[dict]:
     problem = make_problem(group, device, seed)
     rows = []
     for contender in contenders(device, group.head_dim, problem.q.dtype)[0]:
-        if contender.form not in ("read", "record"):
+        if contender.form not in ("read", "record", "default"):
             continue
         row = {"contender": contender.name, "tokens": group.tokens, "heads": group.heads, "sparsity": group.sparsity}
         try:
@@ -271,21 +285,15 @@ def again_without(args: argparse.Namespace, lost: DeviceLostError, budget: float
                             f"{budget:.0f}", "--without", *args.without, lost.contender])
 
 
-def summarise(report, device_name: str) -> None:
-    """Print what the rows come to, and close the result."""
+def summarise(report) -> None:
+    """Print what lies beside the attention kernel, and close the result."""
     from support.report import table
-    from support.verdict import verdicts
 
     if report.content.get("small"):
         print("\nShare of the GPU time that is not the attention kernel:")
         print(table(report.content["small"], {"contender": "contender", "tokens": "tokens", "sparsity": "sparsity",
                                               "call_us": "us", "beside_attention": "share", "problem": "problem"}))
-    found = {precision: verdicts(report.rows, precision) for precision in ("full", "int8")}
-    for precision, rows in found.items():
-        if any(row["measured"] for row in rows):
-            note = "" if "H200" in device_name else f" (set for an H200; this is {device_name})"
-            print(f"\nTargets, precision {precision}{note}\n{table(rows, VERDICT_COLUMNS)}")
-    report.finish(verdicts=found)
+    report.finish()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -307,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     except DeviceLostError as lost:
         report.add(*lost.rows)
         return again_without(args, lost, args.budget - (time.monotonic() - started))
-    summarise(report, head["device"])
+    summarise(report)
     if args.json:
         print(plot_speedups(report.rows, args.json.with_suffix(".png"), head["device"]))
     return 0

@@ -34,7 +34,7 @@ def prompt(case: dict, reuse: float | None, budget: float | None) -> dict:
     graph = json.loads((ROOT / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
     graph["4"]["inputs"] |= {name: case[name] for name in ("shape", "count", "speed")}
     graph["6"]["inputs"]["seed"] = case["seed"]
-    graph["3"]["inputs"] |= {"dense_blocks": "0--1"} if budget is None else {"error_budget": budget}
+    graph["3"]["inputs"] |= {"dense_blocks": "0--1"} if budget is None else {"rule.error_budget": budget}
     if reuse is not None:
         graph["10"] = {"class_type": "EasyCache", "inputs": {
             "model": ["2", 0], "reuse_threshold": reuse, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}}
@@ -46,7 +46,8 @@ def measure(comfy_path: Path) -> list[dict]:
     """A row for every case and combination."""
     from safetensors.torch import load_file
 
-    from liteattention.demo.pixels import decode, from_comfy_latent, psnr
+    from liteattention.benchmarks.demo_pipeline.clips import psnr
+    from liteattention.demo.pixels import decode, from_comfy_latent
     from liteattention.tools.server import ComfyServer
 
     rows = []
@@ -57,11 +58,11 @@ def measure(comfy_path: Path) -> list[dict]:
                 for reuse in REUSE:
                     outputs = server.run(prompt(case, reuse, budget), timeout_s=1800)
                     latent = load_file(server.output_file(outputs["7"]["latents"][0]))["latent_tensor"]
-                    clip, receipt = decode(from_comfy_latent(latent.float())), server.receipts()[-1]
-                    dense = dense or (clip, receipt["tiles_total"])
+                    clip, summary = decode(from_comfy_latent(latent.float())), server.summaries()[-1]
+                    dense = dense or (clip, summary["tiles_total"])
                     rows.append({"case": number, "reuse_threshold": reuse, "error_budget": budget,
-                                 "evaluations": receipt["evaluations"],
-                                 "attention": receipt["tiles_computed"] / dense[1],
+                                 "evaluations": summary["forward_passes"],
+                                 "attention": summary["tiles_computed"] / dense[1],
                                  "psnr_db": None if clip is dense[0] else psnr(clip, dense[0])})
                     print(json.dumps(rows[-1]), flush=True)
     return rows

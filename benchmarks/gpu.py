@@ -3,8 +3,8 @@
     python benchmarks/gpu.py --out DIR [--budget 540]
 
 In turn, each in a process of its own with its share of the time: the kernel tests on the GPU, `attention.py`,
-`trajectory.py`, `launch.py` where it exists. What a stage does not use goes to the next ones. DIR gets one log per
-stage, the results as JSON and PNG under the names that `benchmarks/results/` uses, and `summary.txt`: at most 8 files.
+`launch.py`. What a stage does not use goes to the next ones. DIR gets one log per stage, the results as JSON and PNG
+under the names that `benchmarks/results/` uses, and `summary.txt`.
 Needs torch, Triton, numpy, pytest and hypothesis, nothing else. On a machine without a GPU the tests are left to
 `tests/run.py` and the rest runs small.
 """
@@ -26,10 +26,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
-SHARES = {"tests": 0.30, "attention": 0.42, "trajectory": 0.22, "launch": 0.06}
+SHARES = {"tests": 0.40, "attention": 0.53, "launch": 0.07}
 GRACE = 12.0
 """Seconds between the budget that a benchmark is told, and its end by force."""
 TIMED_OUT = 124
+SHOWN = 24
+"""Rows of `attention.py` in the summary, the most important first."""
 
 
 @dataclass(frozen=True)
@@ -100,27 +102,17 @@ def load(path: Path) -> dict:
         return {}
 
 
-def working_precisions(result: dict) -> list[str]:
-    """Those in which recording was timed, so that a kernel that breaks the GPU is not tried a second time."""
-    timed = {row["precision"] for row in result.get("rows", []) if row["form"] == "record" and row.get("median_ms")}
-    return [precision for precision in ("full", "int8") if precision in timed] or ["full"]
-
-
 def commands(stage: str, results: dict[str, Path], limit: float) -> list[str]:
     """The command line of a stage that has `limit` seconds."""
     if stage == "tests":
         return test_command()
     command = [sys.executable, str(ROOT / "benchmarks" / f"{stage}.py")]
-    if stage == "launch":
-        return command
-    command += ["--budget", f"{max(5.0, limit - GRACE):.0f}", "--json", str(results[stage])]
-    if stage == "trajectory":
-        command += ["--precision", *working_precisions(load(results["attention"]))]
-    return command
+    budget = ["--budget", f"{max(5.0, limit - GRACE):.0f}"] if stage == "attention" else []
+    return [*command, *budget, "--json", str(results[stage])]
 
 
 def from_logs(out: Path) -> list[str]:
-    """What is worth a place in the summary of the stages without a JSON file: failed tests, Python's cost per call."""
+    """What is worth a place in the summary of the logs: failed tests, Python's cost per call."""
     def read(stage: str) -> list[str]:
         log = out / f"{stage}.log"
         return log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
@@ -131,21 +123,19 @@ def from_logs(out: Path) -> list[str]:
 
 
 def summary(outcomes: list[Outcome], results: dict[str, Path], out: Path) -> str:
-    """One screen: the stages, the targets, what went wrong, the runs."""
+    """One screen: the stages, the times of the default call, what went wrong."""
     from support.report import table
-    from support.verdict import verdicts
 
-    attention, trajectory = load(results["attention"]), load(results["trajectory"])
+    attention = load(results["attention"])
     lines = [" | ".join(f"{key} {attention[key]}" for key in ("device", "driver", "torch", "triton", "numpy", "python")
                         if attention.get(key)), "", *map(str, outcomes)]
     rows = attention.get("rows", [])
-    columns = {"figure": "figure", "measured": "full", "int8": "int8", "at_least": "at least", "aim": "aim",
-               "verdict": "verdict (full)", "where": "worst at"}
-    found = [{**full, "int8": int8["measured"]}
-             for full, int8 in zip(verdicts(rows), verdicts(rows, "int8"), strict=True)]
-    lines += ["", table(found, columns)]
+    columns = {"tokens": "tokens", "head_dim": "D", "contender": "contender", "skipped": "skipped", "median_ms": "ms",
+               "speedup_over_sdpa": "x SDPA", "efficiency": "efficiency", "over_reading": "/read"}
+    shown = [row for row in rows if row["form"] == "default" and row.get("median_ms")]
+    if shown:
+        lines += ["", table(shown[:SHOWN], columns)]
     problems = list(dict.fromkeys(f"{r['contender']}: {r['problem']}" for r in rows if r.get("problem")))
-    problems += trajectory.get("problems", [])
     if problems:
         lines += ["", f"Problems ({len(problems)}):", *(f"  {p[:150]}" for p in problems[:8])]
     absent = attention.get("absent", {})
@@ -155,11 +145,6 @@ def summary(outcomes: list[Outcome], results: dict[str, Path], out: Path) -> str
         lines += ["", f"attention.py ended while it ran: {attention['running']}"]
     if attention.get("left_out"):
         lines += [f"Not measured for want of time: {len(attention['left_out'])} groups"]
-    if trajectory.get("totals"):
-        columns = {"shape": "whole run, synthetic", "variant": "variant", "steps": "steps", "dense_s": "dense s",
-                   "lite_s": "lite s", "speedup": "speed-up", "last_speedup": "last step", "skipped": "skipped",
-                   "error": "rel. L2"}
-        lines += ["", table(trajectory["totals"], columns)]
     return "\n".join(lines + from_logs(out)).rstrip()
 
 
@@ -180,14 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    results = {stage: out / result_name(device, stage) for stage in ("attention", "trajectory")}
+    results = {stage: out / result_name(device, stage) for stage in ("attention", "launch")}
     stages = [s for s in SHARES if s in args.stages]
     if not cuda and "tests" in stages:
         print("No GPU: the kernel tests are left to tests/run.py.")
         stages.remove("tests")
-    if not (ROOT / "benchmarks" / "launch.py").is_file() and "launch" in stages:
-        print("benchmarks/launch.py is not there: Python's cost per call is not measured.")
-        stages.remove("launch")
     deadline = time.monotonic() + args.budget
     outcomes: list[Outcome] = []
     for number, stage in enumerate(stages):

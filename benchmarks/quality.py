@@ -1,4 +1,4 @@
-"""How much of its attention a video can do without: PSNR over skipped share, for our methods and others.
+"""How much of its attention a video can do without: PSNR over skipped share, for this pack's methods and others.
 
     python benchmarks/quality.py [--quick] [--only METHOD ...] [--prompts N] [--steps 20] [--out DIR]
     python benchmarks/quality.py trace --layers 0,2 --steps 2,10 --out FILE.safetensors

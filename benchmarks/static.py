@@ -3,12 +3,12 @@
     python benchmarks/static.py [--archs sm_89 sm_90] [--json FILE]
     python benchmarks/static.py --check     compare with benchmarks/static_pins.json; exit status 1 if something is off
     python benchmarks/static.py --pin       write that file anew
+    python benchmarks/static.py --every     also every other form that any settings launch, not pinned: an hour
 
-Needs Triton (Linux) and no GPU; 75 s on two idle cores, three minutes on busy ones. Columns: compute tile, warps,
-stages and form of recording; registers per thread; spilled bytes; shared memory; of the main loop its instructions,
-asynchronous copies and tensor instructions; atomics of the whole kernel. Hard limits hold whatever is pinned: no
-spills (float32: 20 bytes), shared memory of the architecture, no atomics in readers, no serialised wgmma,
-asynchronous copies.
+Needs Triton (Linux) and no GPU; three minutes on two cores. Columns: compute tile, warps, stages and where decisions
+are recorded; registers per thread; spilled bytes; shared memory; of the main loop its instructions, asynchronous copies
+and tensor instructions; atomics of the whole kernel. Hard limits hold whatever is pinned: no spills in what the node's
+defaults launch, shared memory of the architecture, no serialised wgmma, asynchronous copies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ load_pack()
 from support import pins  # noqa: E402
 from support.compiling import compile_all, serve  # noqa: E402
 from support.report import table  # noqa: E402
-from support.variants import AMD, NVIDIA, Variant, gate_variants, variants  # noqa: E402
+from support.variants import AMD, NVIDIA, Variant, all_variants, gate_variants, variants  # noqa: E402
 
 COLUMNS = {"variant": "variant", "launch": "tile", "registers": "regs", "spill": "spill", "kib": "KiB",
            "loop": "loop", "copies": "copies", "tensor": "tensor instructions", "atomics": "atomics",
@@ -54,6 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", default=list(NVIDIA), choices=(*NVIDIA, *AMD), metavar="ARCH",
                         help=f"default: {' '.join(NVIDIA)}; also {' '.join(AMD)}, which are not pinned")
+    parser.add_argument("--every", action="store_true", help="every launchable form, pinned or not")
     parser.add_argument("--gate", action="store_true", help="only the variants that the tests compile")
     parser.add_argument("--json", type=Path, help="also write all figures here, with the loop's instructions by name")
     parser.add_argument("--pin", action="store_true", help="make what is compiled now the pinned figures")
@@ -61,8 +62,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.pin and (args.gate or args.archs != list(NVIDIA)):
-        parser.error("--pin writes the whole file: it goes with neither --gate nor --archs")
+    if args.pin and (args.gate or args.every or args.archs != list(NVIDIA)):
+        parser.error("--pin writes the whole file: it goes with none of --gate, --every and --archs")
     return args
 
 
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     started = time.monotonic()
     wanted = [v for v in gate_variants() if v.arch in args.archs] if args.gate else [
-        v for arch in args.archs for v in variants(arch)]
+        v for arch in args.archs for v in (all_variants if args.every else variants)(arch)]
     compiled = compile_all(__file__, wanted, args.jobs)
     report(compiled)
     version = triton_version()

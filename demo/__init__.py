@@ -1,1 +1,1 @@
-"""The tiny demo model, an embedded pipeline for it, and two nodes that let ComfyUI run it."""
+"""The tiny demo model and three nodes that let ComfyUI run it."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import comfy.ldm.modules.attention as attention
-import comfy.model_management
 import torch
 
 _NAMES = {
@@ -15,7 +14,7 @@ _NAMES = {
     "attention3_sage": "SageAttention 3", "attention_flash": "FlashAttention",
     "attention_comfy_kitchen_int8": "ComfyUI's INT8 attention",
 }
-"""ComfyUI's own attentions, for people."""
+"""Display names of ComfyUI's own attentions."""
 
 
 def allocation_guard() -> AbstractContextManager:
@@ -32,24 +31,12 @@ def allocation_guard() -> AbstractContextManager:
     return pause() if pause is not None else nullcontext()
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a device, or None where weights move out as soon as their room is needed (dynamic VRAM, from 0.22
-    on): what is free there says nothing."""
-    try:
-        import comfy.memory_management as memory
-    except ImportError:
-        memory = None
-    if device.type != "cpu" and getattr(memory, "aimdo_enabled", False):
-        return None
-    return int(comfy.model_management.get_free_memory(device))
-
-
 def attention_name(override: Callable | None) -> str:
-    """The attention that computes what is left, for people and without a path: ComfyUI's own function, or the override
-    found on a model and the pack that it comes from."""
+    """Display name, without a path, of the fallback attention: ComfyUI's own function, or the override found on a model
+    and the pack that it comes from."""
     if override is None:
         return _name(attention.optimized_attention)
-    # What *Model Attention Backend* sets has a name that does not tell which backend was chosen.
+    # The override of *Model Attention Backend* has the same name for every backend.
     captured = getattr(getattr(override, "__code__", None), "co_freevars", ())
     if "optimized_attention" in captured:
         return _name(override.__closure__[captured.index("optimized_attention")].cell_contents)
@@ -64,10 +51,10 @@ def _name(function: Callable) -> str:
 
 
 def faster_dense(override: Callable | None, device: torch.device) -> str:
-    """What to say where PyTorch's attention computes what is left and ComfyUI has a faster one (INT8, from 0.33 on), or
-    "". It is not switched on for the user, because it changes the video."""
+    """Advice where PyTorch's attention computes dense calls and ComfyUI has a faster one (INT8, from 0.33 on), else "".
+    The pack does not switch it on, because it changes the video."""
     if (override is None and device.type == "cuda" and attention.optimized_attention is attention.attention_pytorch
             and getattr(attention, "COMFY_KITCHEN_INT8_ATTENTION_IS_AVAILABLE", False)):
-        return ("for what stays dense, Model Attention Backend with comfy kitchen attention before LiteAttention "
+        return ("for dense calls, Model Attention Backend with comfy kitchen attention before LiteAttention "
                 "(INT8, changes the video a little)")
     return ""

@@ -1,4 +1,4 @@
-"""What a bug report has to name: versions, device, model. No path, no prompt, no file name."""
+"""Facts for bug reports: versions, device, model. No path, no prompt, no file name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def environment(patcher: Any) -> dict[str, str]:
     device = getattr(patcher, "load_device", None)
     try:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    except Exception:  # a driver in trouble: the run has said so already
+    except Exception:  # a broken driver: the run has a note on it
         name = UNKNOWN
     network = getattr(getattr(patcher, "model", None), "diffusion_model", None)
     return {**_versions(), "device": name, "model": type(getattr(network, "_orig_mod", network)).__name__}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
-from ..runtime import LayerId, RowName, policy
+from ..runtime import LayerId, RowName
+from ..runtime.reasons import EXTRA_PASS, MOVING_WINDOWS, Reason
 
 STATIC_SCHEDULES = ("standard_static", "batched")
 """Context schedules whose windows cover the same frames at every step."""
 
 _PASS_FLAGS = ("stg_self_attn_blocks", "a2v_cross_attn", "v2a_cross_attn")
-"""Set per call by guiders for passes with a changed network."""
+"""Set per call by guiders in passes with a changed network."""
 
 
 def layer_id(options: Mapping) -> LayerId | None:
@@ -24,7 +26,8 @@ def layer_id(options: Mapping) -> LayerId | None:
 
 
 def row_names(options: Mapping, batch: int) -> list[Hashable] | None:
-    """A stable name for each batch row: (uuid of its conditioning, its number in the guider's list, row in its chunk).
+    """A stable name for each batch entry: (uuid of its conditioning, number of the conditioning in the guider's list,
+    row in its chunk).
 
     The position in the batch means something else from call to call: the order is reversed, and rows are joined or
     split by free memory. The uuid alone is not enough: for a regional prompt ComfyUI adds a copy of it, uuid and all,
@@ -53,6 +56,19 @@ def latent_tokens(shape: tuple[int, ...], patch_size: object, modalities: int = 
     return math.prod(-(-size // p) for size, p in zip(sizes, patch, strict=True))
 
 
+def frame_tokens(patch_size: object, shape: Sequence[int], conditions: Mapping[str, Any]) -> int | None:
+    """Tokens of one latent frame (of one patch in time), or None for a single image and where it cannot be told.
+
+    Args:
+        patch_size: an int or (t, h, w).
+        shape: of the sampler's latent, [B, C, T, H, W]; of several latents the first counts.
+    """
+    shape = tuple((conditions.get("latent_shapes") or [shape])[0])
+    if len(shape) != 5 or shape[2] < 2:
+        return None
+    return latent_tokens((*shape[:2], 1, *shape[3:]), patch_size)
+
+
 def window_key(options: Mapping) -> Hashable:
     """Frames of the context window, or None outside one. The window object itself is new at every step."""
     window = options.get("context_window")
@@ -76,8 +92,12 @@ def pass_fingerprint(options: Mapping) -> Hashable:
     return patches, tuple(flag for flag in _PASS_FLAGS if flag in options)
 
 
-def leave_reason(options: Mapping, ordinary: Hashable, moving_windows: bool) -> str | None:
-    """Why a whole pass is left to the previous attention, or None."""
+def dense_reason(options: Mapping, ordinary: Hashable, moving_windows: bool) -> Reason | None:
+    """Why a whole pass stays dense, or None.
+
+    Args:
+        ordinary: fingerprint of the run's ordinary passes.
+    """
     if pass_fingerprint(options) != ordinary:
-        return policy.EXTRA_PASS
-    return policy.MOVING_WINDOWS if moving_windows else None
+        return EXTRA_PASS
+    return MOVING_WINDOWS if moving_windows else None

@@ -1,9 +1,10 @@
-"""Text on the node, where a server runs."""
+"""Text on the node and identity of the prompt, where a server runs."""
 
 from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ INTERVAL_S = 0.25
 
 
 def show(text: str, node_id: str | None) -> None:
-    """Show `text` on the node. Never raises: a missing server or a closed socket is no reason to lose a render."""
+    """Show `text` on the node. Never raises: a missing server or a closed socket must not end a render."""
     if node_id is None:
         return
     try:
@@ -36,8 +37,14 @@ class Ticker:
         self._shown = -math.inf
 
     def show(self, text: Callable[[], str]) -> None:
-        """Show what `text` gives, unless another one has just been shown."""
+        """Show the result of `text`, unless another text has just been shown."""
         now = self._clock()
         if now - self._shown >= INTERVAL_S:
             self._shown = now
             show(text(), self._node_id)
+
+
+def prompt_id() -> str | None:
+    """Identity of the prompt that the server executes, or None without a server."""
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    return getattr(getattr(server, "instance", None), "last_prompt_id", None)

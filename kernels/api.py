@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +20,8 @@ HEAD_DIMS = (64, 96, 128)
 CRITERIA = ("max", "mass")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-MaskRows = list[tuple[SkipMask, int]]
-"""For each batch row of a call: the mask that holds its bits, and the row inside that mask."""
+MaskEntries = list[tuple[SkipMask, int]]
+"""For each batch entry of a call: the mask that holds its bits, and the entry of that mask."""
 
 
 def unsupported_call(q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = None,
@@ -68,10 +70,25 @@ def unsupported_call(q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = Non
     return None
 
 
+def _never_traced(function):
+    """`torch.compiler.disable` without its import, which brings Triton along: launches cannot be traced."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if "torch._dynamo" not in sys.modules:  # nobody compiles
+            return function(*args, **kwargs)
+        if call.disabled is None:
+            call.disabled = torch.compiler.disable(function)
+        return call.disabled(*args, **kwargs)
+
+    call.disabled = None
+    return call
+
+
+@_never_traced
 def lite_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: SkipMask | Sequence[SkipMask] | None = None, *,
-    threshold: float = -math.inf, criterion: str = "max", record: bool = True, skip_now: bool = False,
-    pool_skipped: bool = False, must_keep: MustKeep | None = None,
+    threshold: float = -math.inf, criterion: str = "max", record: bool = True, pool_skipped: bool = False,
+    must_keep: MustKeep | None = None,
     heads: int | None = None, attn_mask: Tensor | None = None, sm_scale: float | None = None,
     return_lse: bool = False, precision: str = "full", backend: str | None = None, workspace: Workspace | None = None,
     computed: Tensor | None = None,
@@ -83,48 +100,46 @@ def lite_attention(
     * A *tile* is 128 query rows x 128 keys, whatever the GPU. It is computed iff its bit is active; QK, softmax
       and PV of an inactive tile do not happen.
     * Visit order of a query tile's active key tiles: its own (diagonal) tile first, then the others ascending on
-      the 1st, 3rd, … recording pass of that batch row and descending on the 2nd, 4th, …; a last key tile with
+      the 1st, 3rd, … recording pass of that batch entry and descending on the 2nd, 4th, …; a last key tile with
       fewer than 128 keys always comes last.
     * While recording, a computed tile stays active iff for at least one valid query row::
 
           (max over the tile's keys of q·k  -  reference) * sm_scale * log2(e) > threshold
 
       where reference is the row's running maximum of q·k over the tiles visited *before* this one (-inf before
-      the first, which therefore stays). The decision is used from the next call on; this call computes the tile
-      (but see `skip_now`).
+      the first, which therefore stays). The decision is used from the next call on; this call computes the tile.
     * With criterion "mass" it stays iff for at least one valid query row its share of the row's sum of exp(scores)
       over the tiles visited so far, itself included, is above 2 ** threshold. The sum only grows, so a dropped tile
       held at most that share of every row's attention, and n dropped tiles at most n * 2 ** threshold.
-    * With `pool_skipped` a skipped tile of n keys takes part as one key, the mean of its keys, n times, and as the mean of
-      its values, shifted by what the covariance of keys and values inside tiles tells (see `pooled.py`). While
-      recording, each row's threshold is divided by the share of a tile's attention that is at stake then, the
-      variance of the row's scores inside tiles: 1 - exp(-variance), at least 1/64, up to a threshold of 1/2.
+    * With `pool_skipped` a skipped tile of n keys takes part as one key, the mean of its keys, n times, and as the mean
+      of its values, shifted by what the covariance of keys and values inside tiles tells (see `pooled.py`). While
+      recording, each row's threshold is divided by the fraction of a tile's attention that pooling loses,
+      1 - exp(-variance of the row's scores inside tiles), at least 1/64, up to a threshold of 1/2.
     * Tiles under `must_keep` stay. The mask only shrinks until `SkipMask.reset`.
     * threshold = -inf never drops and never counts as a recording pass: with every bit active the result is that
       of `mask=None` bit for bit.
     * NaN and Inf in q, k, v come out as in dense attention over the computed tiles (where a weight has underflowed
       to 0, Inf in v comes out as NaN or not at all, as it does in dense attention of that dtype); a row whose scores
       hold NaN or +Inf votes to keep every tile from there on, and so does one that has met nothing but -Inf.
-    * A query tile without any active tile gives 0 (lse -inf), with `pool_skipped` what the stand-ins give.
+    * A query tile without any active tile gives 0 (lse -inf), with `pool_skipped` that over pooled keys.
 
     Args:
         q: [B, H, N_q, D] with any strides (of tokens: below 2^24 elements) and a unit last one, or packed
            [B, N_q, H*D] with `heads`.
            float16, bfloat16 or float32; D is 64, 96 or 128. Never copied.
         k, v: the same layout, dtype and device with N_k keys.
-        mask: one `SkipMask` of batch B, or B masks of batch 1 (one per batch row, so that rows can be batched
-            differently from call to call), or None for dense. Rewritten in place while recording.
+        mask: one `SkipMask` of batch B, or B masks of batch 1 (one per batch entry, so that
+            entries can be batched differently from call to call), or None for every tile. Rewritten in place while
+            recording.
         threshold: log2, -inf..0. -10 drops tiles whose every weight is under 1/1024 of the row's strongest so far.
         criterion: "max" (the paper's) or "mass".
         record: False reads the mask and leaves it as it is.
-        skip_now: while recording, the backend may leave exp and P·V of what this call drops out of this call, too (the
-            error is that of the next call). Taken where it is a gain, not under `must_keep`; decisions are the same.
-        pool_skipped: let each skipped tile be represented by its means and one covariance per head, and not vanish. About
-            3 % of a call that skips 57 % of its tiles (by operations; not yet measured). With nothing skipped the
-            result is that without it, bit for bit. Takes the place of `skip_now`.
+        pool_skipped: let each skipped tile be represented by its means and one covariance per head, and not vanish.
+            About 3 % of a call that skips 57 % of its tiles (by operations; not yet measured). With nothing skipped the
+            result is that without it, bit for bit.
         must_keep: token ranges whose tiles stay.
         sm_scale: factor on q·k before softmax, default D ** -0.5.
-        return_lse: also return the natural-log log-sum-exp of the scaled scores over the computed tiles and stand-ins.
+        return_lse: also return the natural-log log-sum-exp of the scaled scores over computed tiles and pooled keys.
         precision: "full", "int8" or "auto" (see `precision_choice`). INT8 computes q·k from INT8 copies of q and k with
             a scale per 128 tokens, skips with a threshold lower by `INT8_GUARD`, and on GeForce architectures sums
             P·V in float16. There a NaN or Inf in q makes the results of its tile NaN, one in k those of its head.
@@ -154,33 +169,34 @@ def lite_attention(
         q, k, v = _split_heads(q, heads), _split_heads(k, heads), _split_heads(v, heads)
     if must_keep is not None:
         must_keep.check(q.shape[2], k.shape[2])
-    rows = _mask_rows(mask, q, k)
+    if mask is None:
+        mask = SkipMask.full(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+        record = pool_skipped = False
+    entries = _mask_entries(mask, q, k)
     chosen = choose_backend(q.device, backend)
     batch, n_heads, seqlen_q, head_dim = q.shape
     packed = torch.empty(batch, seqlen_q, n_heads * head_dim, dtype=q.dtype, device=q.device)
     out = _split_heads(packed, n_heads)
     lse = torch.empty(batch, n_heads, seqlen_q, dtype=torch.float32, device=q.device) if return_lse else None
-    recording = record and rows is not None and threshold > -math.inf
+    recording = record and threshold > -math.inf
     # A reader follows the direction that the next recording pass would take; -inf has one direction only,
     # or the promise of bitwise equality with the dense run would depend on the mask's age.
-    backwards = None
-    if rows is not None:
-        backwards = [bool(m.passes[r] & 1) and threshold > -math.inf for m, r in rows]
-    arguments = (q, k, v, out, lse, rows, backwards, float(threshold), recording, must_keep,
+    backwards = [bool(m.passes[e] & 1) and threshold > -math.inf for m, e in entries]
+    arguments = (q, k, v, out, lse, entries, backwards, float(threshold), recording, must_keep,
                  head_dim ** -0.5 if sm_scale is None else float(sm_scale), workspace or Workspace(), computed)
+    options = {"mass": criterion == "mass", "pool_skipped": pool_skipped}
     choice = precision_choice(q.device, head_dim, q.dtype, k.shape[2], precision, chosen)
     if chosen == "triton":
         from .triton_launch import triton_attention
 
-        triton_attention(*arguments, mass=criterion == "mass", int8=choice.name == "int8" and not return_lse,
-                         skip_now=skip_now, pool_skipped=pool_skipped and rows is not None)
+        triton_attention(*arguments, int8=choice.name == "int8" and not return_lse, **options)
     else:
         from .torch_attention import torch_attention
 
-        torch_attention(*arguments, mass=criterion == "mass", pool_skipped=pool_skipped and rows is not None)
+        torch_attention(*arguments, **options)
     if recording:
-        for m, r in rows:
-            m.passes[r] += 1
+        for m, e in entries:
+            m.passes[e] += 1
     result = out if heads is None else packed
     return (result, lse) if return_lse else result
 
@@ -193,13 +209,11 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.as_strided((batch, heads, seqlen, head_dim), (stride_b, head_dim, stride_n, 1))
 
 
-def _mask_rows(mask: SkipMask | Sequence[SkipMask] | None, q: Tensor, k: Tensor) -> MaskRows | None:
-    if mask is None:
-        return None
+def _mask_entries(mask: SkipMask | Sequence[SkipMask], q: Tensor, k: Tensor) -> MaskEntries:
     masks = [mask] if isinstance(mask, SkipMask) else list(mask)
-    rows = [(m, r) for m in masks for r in range(m.batch)]
-    if len(rows) != q.shape[0]:
-        raise UnsupportedAttention("mask", f"{len(rows)} rows", f"the batch of q, {q.shape[0]} rows",
+    entries = [(m, e) for m in masks for e in range(m.batch)]
+    if len(entries) != q.shape[0]:
+        raise UnsupportedAttention("mask", f"{len(entries)} rows", f"the batch of q, {q.shape[0]} rows",
                                    "mask for another shape")
     if len(set(map(id, masks))) != len(masks):
         raise UnsupportedAttention("mask", "the same mask for several batch rows", "one mask row per batch row",
@@ -214,7 +228,7 @@ def _mask_rows(mask: SkipMask | Sequence[SkipMask] | None, q: Tensor, k: Tensor)
         if m.device != device:
             raise UnsupportedAttention("mask.device", m.device, f"the device of q, {q.device}",
                                        "mask on another device")
-    return rows
+    return entries
 
 
 def call_tiles(batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> int:

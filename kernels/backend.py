@@ -18,14 +18,14 @@ class BackendChoice:
     """Attributes:
         name: "triton" or "torch".
         asked: it was named by argument or environment, not chosen automatically.
-        reason: why Triton was passed over and what to install, or why it does without stand-ins, or "".
-        pool_skipped: whether stand-ins of skipped tiles have passed the self-test, too.
+        reason: why Triton was passed over and what to install, or why it does without pooled keys, or "".
+        pooled: whether pooled keys and values have passed the self-test, too.
     """
 
     name: str
     asked: bool
     reason: str = ""
-    pool_skipped: bool = True
+    pooled: bool = True
 
 
 def resolve_backend(device: torch.device, requested: str | None = None) -> BackendChoice:
@@ -49,7 +49,7 @@ def resolve_backend(device: torch.device, requested: str | None = None) -> Backe
         return BackendChoice("torch", False)
     verdict = triton_verdict(device)
     if verdict.usable:
-        return BackendChoice("triton", name == "triton", verdict.reason, verdict.pool_skipped)
+        return BackendChoice("triton", name == "triton", verdict.reason, verdict.pooled)
     if name == "triton":
         raise ValueError(f"backend is 'triton', which cannot run on {device}: {verdict.reason}")
     return BackendChoice("torch", False, verdict.reason)

@@ -92,29 +92,6 @@ class MustKeep:
         return keep
 
 
-@dataclass(frozen=True)
-class Reopened:
-    """The query tiles that `SkipMask.reopen` has opened.
-
-    Attributes:
-        words: their words, a view into the mask.
-        before: what they were.
-        tiles: all tiles in them.
-    """
-
-    words: Tensor
-    before: Tensor
-    tiles: int
-
-    def dropped(self) -> Tensor:
-        """int64 scalar: tiles that were inactive before. No synchronisation."""
-        return self.tiles - popcount(self.before)
-
-    def came_back(self) -> Tensor:
-        """int64 scalar: tiles that were inactive and are active now, after a recording pass. No synchronisation."""
-        return popcount(self.words & ~self.before)
-
-
 class SkipMask:
     """Which 128 x 128 (query tile, key tile) pairs are still computed, for each batch row and head.
 
@@ -213,21 +190,6 @@ class SkipMask:
         if key_tiles % WORD_BITS:
             self.words[..., -1] = (1 << (key_tiles % WORD_BITS)) - 1
         self.passes = [0] * self.batch
-
-    def reopen(self, every: int, turn: int) -> Reopened:
-        """Make every tile of the query tiles turn, turn + every, … active again, so that the next recording pass judges
-        them anew. In place; no synchronisation.
-
-        Args:
-            every: at least 1; `every` passes with turns 0, 1, 2, … reopen each query tile once.
-        """
-        words = self.words[:, :, turn % every::every]
-        before = words.clone()
-        words.fill_(-1)
-        key_tiles = tiles(self.seqlen_k)
-        if key_tiles % WORD_BITS:
-            words[..., -1] = (1 << (key_tiles % WORD_BITS)) - 1
-        return Reopened(words, before, words[..., 0].numel() * key_tiles)
 
     def clone(self) -> SkipMask:
         """An independent copy."""

@@ -1,4 +1,4 @@
-"""What stands in for the tiles that are skipped: a few numbers per tile and per head, from k and v alone.
+"""Pooled keys and values: what represents skipped tiles, a few numbers per tile and per head, from k and v alone.
 
 A skipped tile of n keys enters a row's softmax as one key, the mean of its keys with n times the weight, and as one
 value, the mean of its values. What that misses is mostly that the heavier keys of a tile have other values than the
@@ -7,8 +7,8 @@ the covariance of keys and values inside tiles; one C for a whole head does. The
 vary much inside a tile, so the shift is damped by exp(-s / 2), s = sm_scale^2 * q·S·q, with S the covariance of keys
 inside tiles: s is the variance of the row's scores inside a tile. The damping is an empirical choice (docs/quality.md).
 
-The same s tells how much of a tile's attention is at stake when the stand-in takes its place: next to nothing where
-scores hardly vary, all of it where they do. `stake` is that share; thresholds of skip tests are divided by it.
+s also estimates the fraction of a tile's attention that is lost when its pooled key and value take its place, almost
+none if its scores are flat, all of it if they vary: 1 - exp(-s). Thresholds of skip tests are divided by it.
 """
 
 from __future__ import annotations
@@ -18,49 +18,61 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .mask import TILE, tiles
 
-STAKE_MIN = 2.0 ** -6
-"""The least share of a tile's attention that is taken to be at stake."""
+LOST_MIN = 2.0 ** -6
+"""The least fraction of a tile's attention that counts as lost."""
 RAISED_MAX = 0.5
 """A threshold is raised up to this, so that a row's strongest tile stays."""
+_CHUNK = 8
+"""Key tiles whose covariances are summed at once: their float32 differences from the means stay in a core's cache."""
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Stand-ins of the key tiles of each batch row and head, float32.
+class Pooled:
+    """Pooled keys and values of each batch row and head, float32.
 
     Attributes:
         keys, values: [B, H, KT, D], means over each tile.
         log_counts: [KT], natural log of the number of keys in each tile.
-        shift: [B, H, D, D], covariance C of keys (rows) and values (columns) inside tiles.
-        spread: [B, H, D, D], covariance S of keys inside tiles.
+        covariance: [B, H, D, 2 D], `spread` and `shift` side by side.
     """
 
     keys: Tensor
     values: Tensor
     log_counts: Tensor
-    shift: Tensor
-    spread: Tensor
+    covariance: Tensor
+
+    @property
+    def spread(self) -> Tensor:
+        """[B, H, D, D], covariance S of keys inside tiles."""
+        return self.covariance[..., :self.keys.shape[-1]]
+
+    @property
+    def shift(self) -> Tensor:
+        """[B, H, D, D], covariance C of keys (rows) and values (columns) inside tiles."""
+        return self.covariance[..., self.keys.shape[-1]:]
 
 
-def summarize(k: Tensor, v: Tensor) -> Summary:
-    """The summary of k, v [B, H, N, D] of any dtype, computed in float32."""
-    seqlen = k.shape[2]
-    n_tiles = tiles(seqlen)
-    counts = torch.full((n_tiles, 1), float(TILE), device=k.device)
-    counts[-1] = seqlen - (n_tiles - 1) * TILE
-
-    def centred(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.pad(x.float(), (0, 0, 0, n_tiles * TILE - seqlen)).unflatten(2, (n_tiles, TILE))
-        means = x.sum(3) / counts
-        return means, (x - means.unsqueeze(3)).flatten(2, 3)[:, :, :seqlen]
-
-    keys, dk = centred(k)
-    values, dv = centred(v)
-    return Summary(keys, values, counts.squeeze(1).log(), dk.mT @ dv / seqlen, dk.mT @ dk / seqlen)
+def pool_tiles(k: Tensor, v: Tensor) -> Pooled:
+    """Pooled keys and values of k, v [B, H, N, D] of any dtype, computed in float32."""
+    batch, heads, seqlen, head_dim = k.shape
+    n_tiles, whole = tiles(seqlen), seqlen // TILE
+    means = k.new_empty(2, batch, heads, n_tiles, head_dim, dtype=torch.float32)
+    covariance = k.new_zeros(batch * heads, head_dim, 2 * head_dim, dtype=torch.float32)
+    for first in (*range(0, whole, _CHUNK), *([whole] if whole < n_tiles else [])):
+        last = min(first + _CHUNK, whole) if first < whole else n_tiles
+        rows = slice(first * TILE, min(last * TILE, seqlen))
+        inside = []
+        for mean, x in zip(means, (k, v), strict=True):
+            x = x[:, :, rows].float().unflatten(2, (last - first, -1))
+            torch.mean(x, 3, out=mean[:, :, first:last])
+            inside.append((x - mean[:, :, first:last].unsqueeze(3)).flatten(2, 3).flatten(0, 1))
+        covariance.baddbmm_(inside[0].mT, torch.cat(inside, -1), alpha=1 / seqlen)
+    log_counts = torch.full((n_tiles,), math.log(TILE), device=k.device)
+    log_counts[-1] = math.log(seqlen - (n_tiles - 1) * TILE)
+    return Pooled(*means, log_counts, covariance.unflatten(0, (batch, heads)))
 
 
 def score_variance(queries: Tensor, spread: Tensor) -> Tensor:
@@ -68,7 +80,7 @@ def score_variance(queries: Tensor, spread: Tensor) -> Tensor:
     return ((queries @ spread) * queries).sum(-1, keepdim=True).clamp_min(0)
 
 
-def raised(threshold: float, variance: Tensor) -> Tensor:
+def raised(threshold: float, variance: Tensor, lost_min: float = LOST_MIN, raised_max: float = RAISED_MAX) -> Tensor:
     """The threshold (natural log) of rows with this score variance, of its shape; NaN where that is NaN."""
-    stake = (1 - (-variance).exp()).clamp(STAKE_MIN, 1)
-    return (threshold - stake.log()).clamp(max=max(threshold, math.log(RAISED_MAX)))
+    lost = (1 - (-variance).exp()).clamp(lost_min, 1.0)
+    return (threshold - lost.log()).clamp(max=max(threshold, math.log(raised_max)))

@@ -11,7 +11,7 @@ from .launch_table import architecture, is_geforce
 PRECISIONS = ("auto", "full", "int8")
 AUTO_INT8_MIN_TOKENS = 12288
 """Below this the INT8 copies of q, k, v eat much of what the faster products save: at 8k tokens a tenth of a dense call
-and a third of one that skips 77 % (`benchmarks/machine_model.py` for an RTX 4090; not yet measured)."""
+and a third of one that skips 77 % (by counts of operations for an RTX 4090; not yet measured)."""
 
 INT8_GUARD = 0.5
 """log2. INT8 scores decide with a threshold lower by this much. An error of x in a score moves a skip test by up to
@@ -41,11 +41,16 @@ def precision_choice(device: torch.device, head_dim: int, dtype: torch.dtype, se
     Raises:
         ValueError: `requested` is none of these.
     """
+    return precision_on(architecture(device), dtype, seqlen, requested, backend)
+
+
+def precision_on(arch: str, dtype: torch.dtype, seqlen: int, requested: str,
+                 backend: str = "triton") -> PrecisionChoice:
+    """`precision_choice` for an architecture as `launch_table` names it."""
     if requested not in PRECISIONS:
         raise ValueError(f"precision is {requested!r}; allowed: {', '.join(PRECISIONS)}")
     if requested == "full":
         return PrecisionChoice("full")
-    arch = architecture(device)
     reason = ""
     if backend != "triton":
         reason = "INT8 needs the Triton backend; the torch backend computes in full precision"

@@ -1,16 +1,21 @@
-"""Run as a script in a child process: compile, launch and check small calls of the kernels' forms.
+"""Run as a script in a child process: compile, launch and check small calls of every form near the node's defaults.
 
-    python selftest.py cuda:0
+    python selftest.py cuda:0 [plain]
 
-Exits 0 if every result and mask agrees with the torch backend; says on its last line what did not. Once all but the
-stand-ins of skipped tiles have passed it says so on a line of its own (`BASIC`): a run can do without those.
+Exits 0 if every result and mask agrees with the torch backend; says on its last line what did not. "plain" does without
+pooled keys, as a run can, too.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+THRESHOLD = -2.0
 
 
 def load_kernels():
@@ -26,89 +31,80 @@ def load_kernels():
     return module
 
 
-BASIC = "basic kernels passed"
-"""Printed when only the stand-ins are left to check. `triton_probe` looks for it."""
-FORMS = (  # what the last line calls it, dtype, options of the call, options of the launch, largest error
-    ("", "float16", {}, {}, 1e-2),
-    (" in INT8", "float16", {}, {"int8": True}, 1e-1),
-    (" when it skips at once", "float16", {}, {"skip_now": True}, 1e-1),
-    (" in bfloat16", "bfloat16", {}, {}, 5e-2),
-    (" by mass", "float16", {"criterion": "mass"}, {"mass": True}, 1e-2),
-)
-STAND_IN_FORMS = (
-    (" with stand-ins", "float16", {"pool_skipped": True}, {"pool_skipped": True}, 2e-2),
-    (" with stand-ins by mass", "float16", {"pool_skipped": True, "criterion": "mass"}, {"pool_skipped": True, "mass": True},
-     2e-2),
-)
+def checked_forms(kernels, device: str, plain: bool) -> list:
+    """What a run on `device` can launch, from `forms`; "plain": without pooled keys."""
+    import torch
+
+    forms, launch_table = (importlib.import_module(f".{name}", kernels.__name__) for name in ("forms", "launch_table"))
+    found = forms.near_defaults(launch_table.architecture(torch.device(device)))
+    if device == "cpu":  # Triton's interpreter cannot multiply bfloat16
+        found = [replace(form, dtype=torch.float16) if form.dtype == torch.bfloat16 else form for form in found]
+    return list(dict.fromkeys(replace(form, pool_skipped=form.pool_skipped and not plain) for form in found))
 
 
-def check(kernels, device: str, forms: tuple) -> str | None:
+def check(kernels, device: str, forms: list) -> str | None:
     """None, or what differs between Triton and torch on `device`."""
     import torch
 
-    for seqlen, head_dim in ((256, 128), (300, 64)):
-        for name, dtype, options, launch, tolerance in forms:
-            if dtype == "bfloat16" and device == "cpu":  # Triton's interpreter cannot
-                continue
-            inputs = make_inputs(seqlen, head_dim, options.get("pool_skipped", False))
-            q, k, v = (x.to(getattr(torch, dtype)) for x in inputs)
-            mask = kernels.SkipMask.full(1, 1, seqlen)
-            outs = [kernels.lite_attention(q, k, v, mask, threshold=-4.0, record=record, backend="torch",
-                                           **options).float() for record in (True, False)]
-            if not mask.words.ne(kernels.SkipMask.full(1, 1, seqlen).words).any():
-                return f"the self-test's own data dropped no tile{name}"
-            ours, words = run_triton(kernels, (q, k, v), device, launch)
-            for a, b in zip(ours, outs, strict=True):
-                error = (a - b).abs().max().item()
-                if not error < tolerance:
-                    return f"result differs by {error:.3g} at head_dim {head_dim}{name}"
-            if not torch.equal(words, mask.words):
-                return f"skip mask differs at head_dim {head_dim}{name}"
+    with_lse = next(form for form in forms if not form.int8)
+    for form in forms:
+        tolerance = 1e-1 if form.int8 else {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-3}[form.dtype]
+        inputs = make_inputs(300 if form.ragged else 384, form.head_dim, form.dtype)
+        expected, expected_words = run(kernels, "torch", inputs, "cpu", form, form == with_lse)
+        if not (expected_words == 0b011).any():
+            return f"the self-test's own data dropped no tile: {form.name}"
+        results, words = run(kernels, "triton", inputs, device, form, form == with_lse)
+        for a, b in zip(results, expected, strict=True):
+            error = (a - b).abs().max().item()
+            if not error < tolerance:
+                return f"result differs by {error:.3g}: {form.name}"
+        if not torch.equal(words, expected_words):
+            return f"skip mask differs: {form.name}"
     return None
 
 
-def make_inputs(seqlen: int, head_dim: int, pool_skipped: bool) -> list:
-    """q, k, v [1, 1, seqlen, head_dim], float32, whose key tiles differ in strength: of plain noise no tile is ever
-    dropped, and the masks would prove nothing. For stand-ins the dropped tiles weigh something and differ in value."""
+def make_inputs(seqlen: int, head_dim: int, dtype) -> list:
+    """q, k, v [2, 2, seqlen, head_dim] whose key tiles differ in strength: of plain noise no tile is ever dropped, and
+    the masks would prove nothing. Values go with keys and differ between tiles, or pooling would prove nothing."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1, seqlen, head_dim, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(2, seqlen, 2, head_dim, generator=generator) for _ in range(3))
     tile = torch.arange(seqlen) // 128
-    if pool_skipped:
-        q, k = 0.1 * q, 0.1 * k
-        v += torch.tensor([1.0, -2.0, 2.0])[tile, None]
-    q[..., 0] += 8
-    k[..., 0] += torch.tensor([16.0, 0.0, 8.0])[tile] * (0.25 if pool_skipped else 1)
-    return [q, k, v]
+    q, k = 0.1 * q, 0.1 * k
+    q[..., 0] += math.sqrt(head_dim)
+    k[..., 0] *= 3
+    v += torch.tensor([1.0, -2.0, 2.0])[tile, None, None] + 10 * k[..., :1]
+    k[..., 0] += math.log(2) * torch.tensor([0.0, -7.5, -4.5])[tile, None]
+    return [x.to(dtype).transpose(1, 2) for x in (q, k, v)]
 
 
-def run_triton(kernels, inputs: tuple, device: str, options: dict) -> tuple[list, object]:
-    """Results of a recording and a reading call in float32, and the mask's words, on the CPU."""
+def run(kernels, backend: str, inputs: list, device: str, form, with_lse: bool) -> tuple[list, object]:
+    """Results of two recording calls in float32, and the mask's words, on the CPU."""
     import torch
-    from liteattention_selftest.precision import precision_choice
-    from liteattention_selftest.triton_launch import triton_attention
 
     q, k, v = (x.to(device) for x in inputs)
-    seqlen, head_dim = q.shape[2:]
-    if "int8" in options and precision_choice(q.device, head_dim, q.dtype, seqlen, "int8").name != "int8":
-        options = {}
-    mask = kernels.SkipMask.full(1, 1, seqlen, device=device)
-    outs = []
-    for recording in (True, False):
+    batch, heads, seqlen, head_dim = q.shape
+    mask = kernels.SkipMask.full(batch, heads, seqlen, device=device)
+    results = []
+    options = {"mass": form.criterion == "mass", "pool_skipped": form.pool_skipped}
+    if backend == "triton":
+        options["int8"] = form.int8
+        attention = importlib.import_module(".triton_launch", kernels.__name__).triton_attention
+    else:
+        attention = importlib.import_module(".torch_attention", kernels.__name__).torch_attention
+    for backwards in (False, True):
         out = torch.empty_like(q)
-        triton_attention(q, k, v, out, None, [(mask, 0)], [False], -4.0, recording, None, head_dim ** -0.5,
-                         kernels.Workspace(), None, **options)
-        outs.append(out.float().cpu())
-    return outs, mask.words.cpu()
+        lse = torch.empty(batch, heads, seqlen, device=device) if with_lse else None
+        attention(q, k, v, out, lse, [(mask, 0), (mask, 1)], [backwards] * batch, THRESHOLD, True,
+                  kernels.MustKeep(queries=((0, 1),)), head_dim ** -0.5, kernels.Workspace(), None, **options)
+        results += [x.float().cpu() for x in (out, lse) if x is not None]
+    return results, mask.words.cpu()
 
 
 if __name__ == "__main__":
     loaded = load_kernels()
-    problem = check(loaded, sys.argv[1], FORMS)
-    if not problem:
-        print(BASIC, flush=True)
-        problem = check(loaded, sys.argv[1], STAND_IN_FORMS)
+    problem = check(loaded, sys.argv[1], checked_forms(loaded, sys.argv[1], plain="plain" in sys.argv[2:]))
     if problem:
         print(problem, file=sys.stderr)
         sys.exit(1)

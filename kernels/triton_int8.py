@@ -20,17 +20,17 @@ V_FLOOR = tl.constexpr(0.015625)
 
 
 @triton.jit(do_not_specialize=["n_heads", "seqlen", "n_chunks"])
-def channel_sum_kernel(x_ptr, sums_ptr, stride_b, stride_h, stride_n, n_heads, seqlen, n_chunks,
+def channel_sum_kernel(k_ptr, sums_ptr, stride_kb, stride_kh, stride_kn, n_heads, seqlen, n_chunks,
                        CHUNK: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Channel sums over CHUNK tokens. x: [B, H, N, D]; sums: float32 [B*H, n_chunks, D]. In a fixed order."""
+    """Channel sums over CHUNK tokens. k: [B, H, N, D]; sums: float32 [B*H, n_chunks, D]. In a fixed order."""
     chunk = tl.program_id(0) % n_chunks
     batch_head = tl.program_id(0) // n_chunks
-    base = x_ptr + (batch_head // n_heads).to(tl.int64) * stride_b + (batch_head % n_heads).to(tl.int64) * stride_h
+    base = k_ptr + (batch_head // n_heads).to(tl.int64) * stride_kb + (batch_head % n_heads).to(tl.int64) * stride_kh
     offs_d = tl.arange(0, D_PADDED)
     total = tl.zeros([D_PADDED], tl.float32)
     for start in range(0, CHUNK, BLOCK):
         offs_n = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        x = tl.load(base + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :],
+        x = tl.load(base + offs_n.to(tl.int64)[:, None] * stride_kn + offs_d[None, :],
                     mask=(offs_n < seqlen)[:, None] & (offs_d < D)[None, :], other=0.0)
         total += tl.sum(x.to(tl.float32), 0)
     tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * D + offs_d, total, mask=offs_d < D)
@@ -52,7 +52,7 @@ def quantize_kernel(q_ptr, k_ptr, v_ptr, sums_ptr, q8_ptr, k8_ptr, v16_ptr, q_sc
                     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                     n_heads, seqlen_q, seqlen_k, q_tiles, k_tiles, n_chunks,
                     TILE: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, V_FP16: tl.constexpr):
-    """One program per (batch row, head, tile): its queries, its keys and, with V_FP16, its values.
+    """One program per (batch entry, head, tile): its queries, its keys and, with V_FP16, its values.
 
     q8, k8: int8 [B, H, N, D] with scales float32 [B, H, QT], [B, H, KT]. v16: float16 [B, H, N, D] = v / scale with
     powers of two [B, H, KT] that bring |v| to V_LIMIT at most, whatever its range; NaN and Inf stay what they are.
@@ -65,26 +65,26 @@ def quantize_kernel(q_ptr, k_ptr, v_ptr, sums_ptr, q8_ptr, k8_ptr, v16_ptr, q_sc
     offs_n = tile * TILE + tl.arange(0, TILE)
     offs_d = tl.arange(0, D_PADDED)
     in_head = (offs_d < D)[None, :]
-    rows = offs_n.to(tl.int64)[:, None]
+    tokens = offs_n.to(tl.int64)[:, None]
     if tile < q_tiles:
         valid = (offs_n < seqlen_q)[:, None] & in_head
-        x = tl.load(q_ptr + batch * stride_qb + head * stride_qh + rows * stride_qn + offs_d[None, :], mask=valid,
+        x = tl.load(q_ptr + batch * stride_qb + head * stride_qh + tokens * stride_qn + offs_d[None, :], mask=valid,
                     other=0.0).to(tl.float32)
         _int8_tile(x, q8_ptr, q_scale_ptr + batch_head * q_tiles + tile,
-                   (batch_head.to(tl.int64) * seqlen_q + rows) * D + offs_d[None, :], valid)
+                   (batch_head.to(tl.int64) * seqlen_q + tokens) * D + offs_d[None, :], valid)
     if tile < k_tiles:
         valid = (offs_n < seqlen_k)[:, None] & in_head
-        offs_out = (batch_head.to(tl.int64) * seqlen_k + rows) * D + offs_d[None, :]
+        offs_out = (batch_head.to(tl.int64) * seqlen_k + tokens) * D + offs_d[None, :]
         total = tl.zeros([D_PADDED], tl.float32)
         for chunk in range(0, n_chunks):
             total += tl.load(sums_ptr + (batch_head * n_chunks + chunk).to(tl.int64) * D + offs_d, mask=offs_d < D,
                              other=0.0)
-        x = tl.load(k_ptr + batch * stride_kb + head * stride_kh + rows * stride_kn + offs_d[None, :], mask=valid,
+        x = tl.load(k_ptr + batch * stride_kb + head * stride_kh + tokens * stride_kn + offs_d[None, :], mask=valid,
                     other=0.0).to(tl.float32)
         x = tl.where(valid, x - (total / seqlen_k)[None, :], 0.0)
         _int8_tile(x, k8_ptr, k_scale_ptr + batch_head * k_tiles + tile, offs_out, valid)
         if V_FP16:
-            x = tl.load(v_ptr + batch * stride_vb + head * stride_vh + rows * stride_vn + offs_d[None, :], mask=valid,
+            x = tl.load(v_ptr + batch * stride_vb + head * stride_vh + tokens * stride_vn + offs_d[None, :], mask=valid,
                         other=0.0).to(tl.float32)
             limit = tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), tl.abs(x), 0.0), 1), 0)
             scale = tl.math.exp2(tl.ceil(tl.math.log2(tl.maximum(limit, V_FLOOR) / V_LIMIT)))

@@ -4,208 +4,154 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext, suppress
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
-from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch_table import CallKind, LaunchConfig, architecture, launch_config
-from .mask import MAX_KEY_TILES, TILE, WORD_BITS, MustKeep, tiles
-from .pooled import RAISED_MAX, STAKE_MIN
+from .launch_table import LaunchConfig, architecture, launch_config
+from .mask import TILE, WORD_BITS, MustKeep, tiles
+from .pooled import LOST_MIN, RAISED_MAX
 from .precision import INT8_GUARD
 from .triton_attention import attention_kernel
 from .triton_int8 import MEAN_CHUNK, channel_sum_kernel, quantize_kernel
-from .triton_pooled import summary_kernel
-from .triton_tile_lists import expand_kernel
+from .triton_pooled import pool_kernel, pooled_attention_kernel
+from .triton_tile_lists import tile_list_kernel
 from .workspace import Workspace
 
 _LOG2E = 1.0 / math.log(2.0)
 
-_REUSES_COMPILED = triton.__version__.startswith("3.6.")
-"""Versions whose compiled kernels are known to take their arguments as `_launch` passes them."""
-
-COST_CLASSES = 16
 COST_ORDER_MAX_TOKENS = 16384
-"""Below this the last rows to start leave most of the GPU idle unless the longest start first; above it there are rows
-enough, and the order of the heads, which share K and V in the cache, is worth more."""
+"""Below this the last programs to start leave most of the GPU idle unless the longest lists start first; above it there
+are programs enough, and the order of the heads, which share K and V in the cache, is worth more."""
 
-
-class _Sizes(NamedTuple):
-    """Numbers of one call that several launches need."""
-
-    heads: int
-    seqlen_q: int
-    seqlen_k: int
-    q_tiles: int
-    k_tiles: int
-    n_rows: int
-    row_words: int
-    list_stride: int
+POOL_CHUNKS = 8
+"""Programs that share the pooling of a head; each adds up two float32 [D, D]."""
 
 
 class _TileLists(NamedTuple):
-    """What `expand_kernel` has made: the tile list of each row, and the rows in order of cost if cost_classes > 0."""
+    """What `tile_list_kernel` has made, as `attention_kernel` takes it."""
 
-    table: Tensor
-    lists: Tensor
-    counts: Tensor
-    order: Tensor
-    turn: int
-    cost_classes: int
-    read_words: Tensor
+    lists_ptr: Tensor
+    counts_ptr: Tensor
 
-
-class _StandIns(NamedTuple):
-    """What `summary_kernel` has made of k and v, as `attention_kernel` takes it."""
-
-    keys: Tensor
-    values: Tensor
-    moments: Tensor
-    moment_scale: Tensor
+    def order(self, workspace: Workspace, seqlen_q: int) -> Tensor:
+        """int64, all lists in the order in which programs take them."""
+        if seqlen_q < COST_ORDER_MAX_TOKENS:
+            return self.counts_ptr.argsort(descending=True, stable=True)
+        return workspace.in_order(self.counts_ptr.numel(), self.counts_ptr.device)
 
 
-SUMMARY_CHUNKS = 8
-"""Programs that share the summary of a head; each leaves two float32 [D, D] to add up."""
+class _Pooled(NamedTuple):
+    """What `pooled_attention_kernel` has made, as `attention_kernel` takes it."""
+
+    row_threshold_ptr: Tensor | None = None
+    pooled_lse_ptr: Tensor | None = None
 
 
-def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, rows: list | None,
-                     backwards: list[bool] | None, threshold: float, recording: bool, must_keep: MustKeep | None,
+class _Int8(NamedTuple):
+    """What `_int8_copies` has made: q and k in INT8, v or a scaled float16 copy of it, the scales of the three, and the
+    mean [B, H, 1, D] that was taken off k."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor | None
+    key_mean: Tensor
+
+
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, entries: list,
+                     backwards: list[bool], threshold: float, recording: bool, must_keep: MustKeep | None,
                      sm_scale: float, workspace: Workspace, computed: Tensor | None, *,
-                     mass: bool = False, int8: bool = False, skip_now: bool = False, pool_skipped: bool = False,
+                     mass: bool = False, int8: bool = False, pool_skipped: bool = False,
                      config: LaunchConfig | None = None) -> None:
-    """`lite_attention` after its checks: one launch without a mask, two with one, two more for INT8, one and a few
-    small ones of torch for stand-ins; no host synchronisation. INT8 allocates its copies of q, k, v per call: kept
-    between calls they would hold gigabytes that the rest of the model needs. Stand-ins allocate a hundredth of that.
+    """`lite_attention` after its checks: two launches and a sort, two launches more for INT8, two and a few small ones
+    of torch for pooled keys; no host synchronisation. INT8 allocates its copies of q, k, v per call: kept between calls
+    they would hold gigabytes that the rest of the model needs. Pooled keys allocate a hundredth of that.
 
-    While recording, a launch that fails leaves the masks of `rows` reset: the expansion has already emptied them.
+    While recording, a launch that fails leaves the masks of `entries` reset: the tile lists' launch has emptied them.
 
     Raises:
-        ValueError: more keys than tile numbers.
-        torch.OutOfMemoryError: no memory for the INT8 copies or the stand-ins; nothing was written.
+        torch.OutOfMemoryError: no memory for the INT8 copies or the pooled keys; masks and counter are as before.
     """
-    batch, heads, seqlen_q, head_dim = q.shape
-    seqlen_k = k.shape[2]
-    q_tiles, k_tiles = tiles(seqlen_q), tiles(seqlen_k)
-    if k_tiles > MAX_KEY_TILES:
-        raise ValueError(f"seqlen_k is {seqlen_k}; at most {MAX_KEY_TILES * TILE} keys have a tile number")
-    sizes = _Sizes(heads, seqlen_q, seqlen_k, q_tiles, k_tiles, batch * heads * q_tiles, -(-k_tiles // WORD_BITS),
-                   -(-k_tiles // 16) * 16)
-    device = q.device
+    _, heads, seqlen_q, head_dim = q.shape
+    seqlen_k, device = k.shape[2], q.device
     arch = architecture(device)
-    config = config or launch_config(CallKind(arch, head_dim, q.dtype, recording, int8))
-    precision = "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"
+    config = config or launch_config(arch, head_dim, q.dtype, int8)
+    # What several kernels take, by their names of it.
+    common = {"n_heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "TILE": TILE, "D": head_dim,
+              "D_PADDED": _padded(head_dim), "MASS": mass,
+              "PRECISION": "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        scales = out, out, out
-        stand_ins = _summarize(k, v, precision, sizes, workspace) if pool_skipped else None
         if int8:
             threshold -= INT8_GUARD
-            q, k, v, key_mean, *scales = _int8_copies(q, k, v, config.pv_fp16, workspace)
-            if stand_ins is not None:
-                stand_ins.keys.sub_(key_mean)
-        lists = _TileLists(out, out, out, out, 0, 0, out)
-        counted = None
+        threshold = 2.0 ** threshold if mass else threshold
+        masks = workspace.mask_table(tuple([(m.words.data_ptr() + 4 * m.words.stride(0) * e, int(b))
+                                            for (m, e), b in zip(entries, backwards, strict=True)]), device)
+        copies, pooled, lists = None, _Pooled(), None
+        if int8:
+            copies = _int8_copies(q, k, v, config.pv_fp16)
+        if pool_skipped:
+            pooled = _attend_pooled(q, k, v, out, masks, copies, sm_scale, threshold, common, workspace)
         try:
-            if rows is not None:
-                lists = _expand(rows, backwards, recording, must_keep, workspace, computed, sizes, device, pool_skipped)
-                counted = computed
-            elif computed is not None:
-                computed.view(-1)[:1].add_(sizes.n_rows * k_tiles)
-            # The kernel does not know which tiles must stay: with such ranges every tile is computed. What this call
-            # itself drops has no stand-in yet.
-            branch = recording and skip_now and must_keep is None and config.branch and not mass and not pool_skipped
-            _attend(q, k, v, out, lse, scales, lists, stand_ins, sizes, workspace, config,
-                    (sm_scale * _LOG2E, 2.0 ** threshold if mass else threshold),
-                    (rows is None, config.record if recording else 0, recording and mass, branch, int8), precision)
+            lists = _tile_lists(masks, recording, must_keep, computed, heads, seqlen_q, seqlen_k, workspace)
+            order = lists.order(workspace, seqlen_q)
+            _attend(q, k, v, out, lse, masks, lists, order, copies, pooled, sm_scale, threshold, common, config)
         except Exception:
-            if counted is not None:
+            if computed is not None and lists is not None:
                 with suppress(RuntimeError):  # a device that has failed refuses this too
-                    counted.view(-1)[:1].sub_(lists.counts[:sizes.n_rows].sum())
+                    computed.view(-1)[:1].sub_(lists.counts_ptr.sum())
             if recording:
-                for m, _ in rows:
+                for m, _ in entries:
                     m.reset()
             raise
 
 
-def _expand(rows: list, backwards: list[bool], recording: bool, must_keep: MustKeep | None, workspace: Workspace,
-            computed: Tensor | None, sizes: _Sizes, device: torch.device, pool_skipped: bool) -> _TileLists:
-    """First launch: mask bits to tile lists."""
-    table = workspace.row_table(
-        tuple([(m.words[r].data_ptr(), int(b)) for (m, r), b in zip(rows, backwards, strict=True)]), device)
-    must = table if must_keep is None or not recording else workspace.must_words(
-        must_keep, sizes.seqlen_q, sizes.seqlen_k, device)
-    lists = workspace.buffer("list", sizes.n_rows * sizes.list_stride, torch.int16, device)
-    counts = order = workspace.buffer("count", sizes.n_rows, torch.int32, device)
-    read_words = counts
-    if pool_skipped:
-        read_words = workspace.buffer("words", sizes.n_rows * sizes.row_words, torch.int32, device)
-    turn = cost_classes = 0
-    if sizes.seqlen_q < COST_ORDER_MAX_TOKENS:
-        cost_classes = COST_CLASSES
-        order = workspace.cost_order((2 + sizes.n_rows) * COST_CLASSES, device)
-        turn = workspace.cost_order_turn[device]
-    _launch(workspace, expand_kernel, sizes.n_rows,
-            () if computed is None else (computed,),
-            (*(() if computed is not None else (table,)), table, must, lists, counts, order, read_words), (),
-            (sizes.heads, sizes.n_rows, sizes.q_tiles, sizes.k_tiles, sizes.row_words, sizes.list_stride,
-             0 if computed is None else computed.numel(), turn),
-            (must is not table, sizes.seqlen_k % TILE != 0, recording, computed is not None, cost_classes,
-             pool_skipped, 8 if sizes.row_words <= 8 else 32), 4, 2)
-    if cost_classes:
-        workspace.cost_order_turn[device] = 1 - turn
-    return _TileLists(table, lists, counts, order, turn, cost_classes, read_words)
+def _tile_lists(masks: Tensor, recording: bool, must_keep: MustKeep | None, computed: Tensor | None, heads: int,
+                seqlen_q: int, seqlen_k: int, workspace: Workspace) -> _TileLists:
+    """Mask bits to tile lists."""
+    k_tiles, n_lists = tiles(seqlen_k), masks.shape[0] * heads * tiles(seqlen_q)
+    lists = workspace.buffer("lists", n_lists * -(-k_tiles // 16) * 16, torch.int16, masks.device)
+    counts = workspace.buffer("counts", n_lists, torch.int32, masks.device)[:n_lists]
+    must = None
+    if must_keep is not None and recording:
+        must = workspace.must_words(must_keep, seqlen_q, seqlen_k, masks.device)
+    tile_list_kernel[(n_lists,)](
+        masks_ptr=masks, must_ptr=must, lists_ptr=lists, counts_ptr=counts, computed_ptr=computed, n_heads=heads,
+        seqlen_q=seqlen_q, seqlen_k=seqlen_k, n_counters=0 if computed is None else computed.numel(), TILE=TILE,
+        REWRITE=recording, HAS_MUST=must is not None, COUNTS=computed is not None,
+        CHUNK=8 if k_tiles <= 8 * WORD_BITS else 32, num_warps=4)
+    return _TileLists(lists, counts)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, scales: tuple[Tensor, Tensor, Tensor],
-            lists: _TileLists, stand_ins: _StandIns | None, sizes: _Sizes, workspace: Workspace, config: LaunchConfig,
-            factors: tuple[float, float], form: tuple[bool, int, bool, bool, bool], precision: str) -> None:
-    """Last launch. factors: qk_scale and threshold; form: DENSE, RECORD, MASS, BRANCH, INT8 of `attention_kernel`."""
-    dense, record, mass, branch, int8 = form
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
-    tma = config.tma and _has_descriptors(k) and _has_descriptors(v)
-    if tma:
-        k, v = _descriptor(k, config.BLOCK_N), _descriptor(v, config.BLOCK_N)
-    head_dim = q.shape[-1]
-    d_main = 64 if head_dim == 96 else head_dim
-    _launch(workspace, attention_kernel, sizes.n_rows * (TILE // config.BLOCK_M),
-            (q, k, v, out), (out if lse is None else lse, *scales, lists.table, lists.lists, lists.counts, lists.order,
-                           lists.read_words, *(stand_ins or (out, out, out, out))), strides,
-            (*factors, sizes.heads, sizes.n_rows, sizes.seqlen_q, sizes.seqlen_k, sizes.q_tiles, sizes.k_tiles,
-             sizes.row_words, sizes.list_stride, lists.turn),
-            (TILE, config.BLOCK_M, config.BLOCK_N, d_main, head_dim - d_main, dense, sizes.seqlen_k % TILE != 0,
-             lists.cost_classes, record, mass, branch, tma, int8, int8 and config.pv_fp16, lse is not None,
-             stand_ins is not None, STAKE_MIN, RAISED_MAX, precision, config.num_stages),
-            config.num_warps, config.num_stages)
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, masks: Tensor, lists: _TileLists,
+            order: Tensor, copies: _Int8 | None, pooled: _Pooled, sm_scale: float, threshold: float, common: dict,
+            config: LaunchConfig) -> None:
+    """Attention over the tile lists."""
+    q_scale = k_scale = v_scale = None
+    if copies is not None:
+        q, k, v, q_scale, k_scale, v_scale, _ = copies
+    strides = _strides(q=q, k=k, v=v, o=out)
+    descriptors = [_descriptor(x, config.BLOCK_N) for x in (k, v)] if config.tma else [None]
+    if tma := None not in descriptors:
+        k, v = descriptors
+    attention_kernel[(lists.counts_ptr.numel() * (TILE // config.BLOCK_M),)](
+        q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, q_scale_ptr=q_scale, k_scale_ptr=k_scale,
+        v_scale_ptr=v_scale, masks_ptr=masks, lists_ptr=lists.lists_ptr, counts_ptr=lists.counts_ptr, order_ptr=order,
+        row_threshold_ptr=pooled.row_threshold_ptr, pooled_lse_ptr=pooled.pooled_lse_ptr, **strides,
+        qk_scale=sm_scale * _LOG2E, threshold=threshold, **common,
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, RAGGED=common["seqlen_k"] % TILE != 0,
+        RECORD_IN_REGISTERS=config.record_in_registers, TMA=tma, INT8=copies is not None,
+        PV_FP16=v_scale is not None, HAS_LSE=lse is not None, POOLED=pooled.row_threshold_ptr is not None,
+        NUM_STAGES=config.num_stages, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
-def _launch(workspace: Workspace, kernel: JITFunction, programs: int, given: tuple[Tensor | TensorDescriptor, ...],
-            own: tuple[Tensor, ...], strides: tuple[int, ...], scalars: tuple[int | float, ...], constants: tuple,
-            num_warps: int, num_stages: int) -> None:
-    """Launch a kernel with its parameters in order: tensors from outside, tensors allocated here, numbers, constants.
-    Calls that Triton compiles alike go around its search for the compiled kernel, which costs 20 us each.
-
-    Alike: device, types and alignment of what comes from outside, strides and constants agree. What is allocated here
-    is aligned and has the type that the constants tell; the scalars are not specialised.
-    """
-    alike = (kernel.__name__, own[0].device, constants, strides, num_warps, num_stages,
-             *[(x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else (x.base.dtype, *x.block_shape)
-               for x in given])
-    compiled = workspace.compiled.get(alike)
-    if compiled is not None:
-        compiled[(programs, 1, 1)](*given, *own, *strides, *scalars, *constants)
-        return
-    compiled = kernel[(programs,)](*given, *own, *strides, *scalars, *constants, num_warps=num_warps,
-                                   num_stages=num_stages)
-    if _REUSES_COMPILED and isinstance(compiled, CompiledKernel):
-        workspace.compiled[alike] = compiled
-
-
-def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool, workspace: Workspace) -> tuple[Tensor, ...]:
-    """q8, k8, v (a scaled float16 copy with `v_fp16`), the mean taken off k [B, H, 1, D], and the scales of the first
-    three; see `quantize_kernel`."""
+def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool) -> _Int8:
+    """INT8 copies of q and k, with `v_fp16` a float16 copy of v; see `quantize_kernel`."""
     batch, heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
     q_tiles, k_tiles = tiles(seqlen_q), tiles(seqlen_k)
@@ -215,53 +161,79 @@ def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool, workspace: Works
         return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
 
     q8, k8 = empty(torch.int8, seqlen_q, head_dim), empty(torch.int8, seqlen_k, head_dim)
-    v16 = empty(torch.float16, seqlen_k, head_dim) if v_fp16 else v
+    v16 = empty(torch.float16, seqlen_k, head_dim) if v_fp16 else None
     q_scale, k_scale = empty(torch.float32, q_tiles), empty(torch.float32, k_tiles)
-    v_scale = empty(torch.float32, k_tiles) if v_fp16 else k_scale
+    v_scale = empty(torch.float32, k_tiles) if v_fp16 else None
     sums = empty(torch.float32, n_chunks, head_dim)
-    d_padded = 64 if head_dim == 64 else 128
-    _launch(workspace, channel_sum_kernel, batch * heads * n_chunks, (k,), (sums,), k.stride()[:3],
-            (heads, seqlen_k, n_chunks), (MEAN_CHUNK, 64, head_dim, d_padded), 8, 2)
-    _launch(workspace, quantize_kernel, batch * heads * max(q_tiles, k_tiles),
-            (q, k, v), (sums, q8, k8, v16, q_scale, k_scale, v_scale),
-            (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-            (heads, seqlen_q, seqlen_k, q_tiles, k_tiles, n_chunks), (TILE, head_dim, d_padded, v_fp16), 8, 2)
-    return q8, k8, v16, sums.sum(2, keepdim=True).div_(seqlen_k), q_scale, k_scale, v_scale
+    channel_sum_kernel[(batch * heads * n_chunks,)](
+        k_ptr=k, sums_ptr=sums, **_strides(k=k), n_heads=heads, seqlen=seqlen_k, n_chunks=n_chunks, CHUNK=MEAN_CHUNK,
+        BLOCK=64, D=head_dim, D_PADDED=_padded(head_dim), num_warps=8)
+    quantize_kernel[(batch * heads * max(q_tiles, k_tiles),)](
+        q_ptr=q, k_ptr=k, v_ptr=v, sums_ptr=sums, q8_ptr=q8, k8_ptr=k8, v16_ptr=v16, q_scale_ptr=q_scale,
+        k_scale_ptr=k_scale, v_scale_ptr=v_scale, **_strides(q=q, k=k, v=v), n_heads=heads, seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k, q_tiles=q_tiles, k_tiles=k_tiles, n_chunks=n_chunks, TILE=TILE, D=head_dim,
+        D_PADDED=_padded(head_dim), V_FP16=v_fp16, num_warps=8)
+    return _Int8(q8, k8, v16 if v_fp16 else v, q_scale, k_scale, v_scale, sums.sum(2, keepdim=True).div_(seqlen_k))
 
 
-def _summarize(k: Tensor, v: Tensor, precision: str, sizes: _Sizes, workspace: Workspace) -> _StandIns:
-    """The stand-ins of the key tiles; see `summary_kernel`."""
-    batch, heads, seqlen, head_dim = k.shape
-    keys, values = (torch.empty(batch, heads, sizes.k_tiles, head_dim, dtype=k.dtype, device=k.device)
-                    for _ in range(2))
-    chunk_tiles = -(-sizes.k_tiles // SUMMARY_CHUNKS)
-    n_chunks = -(-sizes.k_tiles // chunk_tiles)
+def _attend_pooled(q: Tensor, k: Tensor, v: Tensor, out: Tensor, masks: Tensor, copies: _Int8 | None, sm_scale: float,
+                   threshold: float, common: dict, workspace: Workspace) -> _Pooled:
+    """Attention over the pooled keys of skipped tiles, and the rows' thresholds."""
+    batch, heads, seqlen_k, head_dim = k.shape
+    seqlen_q, k_tiles = q.shape[2], tiles(seqlen_k)
+    keys, values = (torch.empty(batch, heads, k_tiles, head_dim, dtype=k.dtype, device=k.device) for _ in range(2))
+    chunk_tiles = -(-k_tiles // POOL_CHUNKS)
+    n_chunks = -(-k_tiles // chunk_tiles)
     partial = torch.empty(batch, heads, n_chunks, 2, head_dim, head_dim, dtype=torch.float32, device=k.device)
-    _launch(workspace, summary_kernel, batch * heads * n_chunks * 2, (k, v), (keys, values, partial),
-            (*k.stride()[:3], *v.stride()[:3]), (heads, seqlen, sizes.k_tiles, n_chunks, chunk_tiles),
-            (TILE, 64 if k.itemsize == 2 else 32, head_dim, 64 if head_dim == 64 else 128, precision), 8, 1)
-    moments = partial.sum(2).div_(seqlen)
+    pool_kernel[(batch * heads * n_chunks * 2,)](
+        k_ptr=k, v_ptr=v, keys_ptr=keys, values_ptr=values, moments_ptr=partial, **_strides(k=k, v=v), n_heads=heads,
+        seqlen=seqlen_k, n_tiles=k_tiles, n_chunks=n_chunks, chunk_tiles=chunk_tiles, TILE=TILE,
+        BLOCK_N=64 if k.itemsize == 2 else 32, D=head_dim, D_PADDED=_padded(head_dim), PRECISION=common["PRECISION"],
+        num_warps=8, num_stages=1)
+    moments = partial.sum(2)
     # Divided by its largest element, a covariance fits into float16 whatever the range of k and v.
-    largest = moments.abs().amax((-1, -2)).clamp_min_(1e-20)
+    largest = torch.linalg.vector_norm(moments, math.inf, (-1, -2)).clamp_min_(1e-20)
     moments = moments.div_(largest[..., None, None]).to(k.dtype)
-    return _StandIns(keys, values, moments, largest)
+    if copies is not None:
+        keys.sub_(copies.key_mean)
+    row_threshold, pooled_lse = (workspace.buffer(name, batch * heads * seqlen_q, torch.float32, q.device)
+                                 for name in ("row threshold", "pooled lse"))
+    block_m, num_warps = (128, 8) if q.itemsize == 2 else (32, 4)
+    pooled_attention_kernel[(batch * heads * tiles(seqlen_q) * (TILE // block_m),)](
+        q_ptr=q, out_ptr=out, masks_ptr=masks, keys_ptr=keys, values_ptr=values, moments_ptr=moments,
+        moment_scale_ptr=largest.div_(seqlen_k), row_threshold_ptr=row_threshold, pooled_lse_ptr=pooled_lse,
+        **_strides(q=q, o=out), sm_scale=sm_scale, threshold=threshold, **common, BLOCK_M=block_m, LOST_MIN=LOST_MIN,
+        RAISED_MAX=RAISED_MAX, num_warps=num_warps, num_stages=1)
+    return _Pooled(row_threshold, pooled_lse)
 
 
-def _has_descriptors(x: Tensor) -> bool:
-    """Whether TMA can load x [B, H, N, D]: 16-byte alignment, no broadcast, and a head_dim that is one block wide."""
-    n_b, n_h, n_n, head_dim = x.shape
-    s_b, s_h, s_n, _ = x.stride()
-    aligned = 16 // x.itemsize
-    return (head_dim in (64, 128) and x.data_ptr() % 16 == 0 and (n_b == 1 or (s_b > 0 and s_b % aligned == 0))
-            and (n_h == 1 or (s_h > 0 and s_h % aligned == 0)) and (n_n == 1 or (s_n > 0 and s_n % aligned == 0)))
+_STRIDE_NAMES = {x: [f"stride_{x}{axis}" for axis in "bhn"] for x in "qkvo"}
 
 
-def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor:
-    n_b, n_h, n_n, head_dim = x.shape
-    s_b, s_h, s_n, _ = x.stride()
-    descriptor = object.__new__(TensorDescriptor)  # its own checks are those of `_has_descriptors`, at 7 us
-    descriptor.base, descriptor.shape, descriptor.padding = x, [n_b, n_h, n_n, head_dim], "zero"
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Of q, k, v and the output o [B, H, N, D], by the kernels' names of them: stride_qb, stride_qh, stride_qn, …"""
+    return {name: stride for x, tensor in tensors.items()
+            for name, stride in zip(_STRIDE_NAMES[x], tensor.stride(), strict=False)}
+
+
+def _padded(head_dim: int) -> int:
+    """The next power of two: Triton's blocks have no other sizes."""
+    return 64 if head_dim == 64 else 128
+
+
+@lru_cache(maxsize=256)
+def _descriptor_strides(shape: tuple[int, ...], strides: tuple[int, ...], misaligned: int,
+                        itemsize: int) -> list[int] | None:
+    """What TMA is told of a tensor [B, H, N, D], or None where it cannot load it: it wants addresses (`misaligned`: by
+    how many bytes) and strides of 16 bytes, no broadcast, and a head_dim that is one block wide."""
     # The stride of a dimension of one element is arbitrary; TMA wants it aligned all the same.
-    descriptor.strides = [16 if n_b == 1 else s_b, 16 if n_h == 1 else s_h, 16 if n_n == 1 else s_n, 1]
-    descriptor.block_shape = [1, 1, block_n, head_dim]
-    return descriptor
+    told = [16 if n == 1 else stride for n, stride in zip(shape[:3], strides[:3], strict=True)]
+    if shape[3] not in (64, 128) or misaligned or any(s <= 0 or s * itemsize % 16 for s in told):
+        return None
+    return [*told, 1]
+
+
+def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor | None:
+    """x [B, H, N, D] in blocks of block_n tokens, or None, see `_descriptor_strides`."""
+    strides = _descriptor_strides(tuple(x.shape), x.stride(), x.data_ptr() % 16, x.itemsize)
+    return strides and TensorDescriptor(x, list(x.shape), strides, [1, 1, block_n, x.shape[3]])

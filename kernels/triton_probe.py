@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from .cache import user_cache_dir
-from .selftest import BASIC
 
 log = logging.getLogger("LiteAttention")
 
@@ -35,19 +34,19 @@ class TritonVerdict:
     """`usable`, and otherwise `reason`: one sentence for the user with what to do.
 
     Attributes:
-        pool_skipped: whether that holds for stand-ins of skipped tiles, too; if not, `reason` says why.
+        pooled: whether that holds for pooled keys and values, too; if not, `reason` says why.
     """
 
     usable: bool
     reason: str = ""
-    pool_skipped: bool = True
+    pooled: bool = True
 
 
 def triton_verdict(device: torch.device) -> TritonVerdict:
     """Whether the Triton backend can run on `device`.
 
     The first question on a machine (per GPU, driver, torch, Triton and version of these kernels) starts a child
-    process that compiles and checks a small call, because a launch on an unsuited driver can end the process.
+    process that compiles and checks small calls, because a launch on an unsuited driver can end the process.
     Later ones read the cached verdict. On a CPU only Triton's interpreter runs (TRITON_INTERPRET=1).
     """
     if device.type == "cpu":
@@ -82,8 +81,8 @@ def cached_verdict(identity: list[str], device: str, cache_dir: Path | None = No
     path = folder / f"triton-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.json"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        verdict = TritonVerdict(held["usable"] is True, str(held["reason"]), held["pool_skipped"] is True)
-        if (verdict.usable and verdict.pool_skipped) or time.time() - float(held["time"]) < _REFUSAL_LASTS_S:
+        verdict = TritonVerdict(held["usable"] is True, str(held["reason"]), held["pooled"] is True)
+        if (verdict.usable and verdict.pooled) or time.time() - float(held["time"]) < _REFUSAL_LASTS_S:
             return verdict
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -100,28 +99,33 @@ def cached_verdict(identity: list[str], device: str, cache_dir: Path | None = No
 
 
 def run_selftest(device: str) -> TritonVerdict:
-    """Compile, run and check a small call on `device` ("cuda:0", "cpu") in a child process."""
+    """Compile, run and check small calls on `device` ("cuda:0", "cpu") in a child process; where they fail, once more
+    without pooled keys."""
+    problem = _problem(device)
+    if not problem:
+        return TritonVerdict(True)
+    if not _problem(device, "plain"):
+        return TritonVerdict(True, problem, pooled=False)
+    return TritonVerdict(False, problem)
+
+
+def _problem(*arguments: str) -> str:
+    """What a child process with these arguments found wrong, or ""."""
     # PYTHONPATH of the host could shadow what the child needs; the child loads this folder by its location.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     try:
-        child = subprocess.run([sys.executable, str(_CHILD), device], capture_output=True, text=True,
+        child = subprocess.run([sys.executable, str(_CHILD), *arguments], capture_output=True, text=True,
                                timeout=_CHILD_TIMEOUT_S, env=environment, check=False)
-    except subprocess.TimeoutExpired as error:
-        # What a child has said before is bytes or text, by platform.
-        return _refusal(f"the Triton self-test did not finish in {_CHILD_TIMEOUT_S} s", str(error.stdout or ""))
+    except subprocess.TimeoutExpired:
+        return f"the Triton self-test did not finish in {_CHILD_TIMEOUT_S} s"
     except OSError as error:
-        return TritonVerdict(False, f"the Triton self-test could not be started: {error}")
+        return f"the Triton self-test could not be started: {error}"
     if child.returncode == 0:
-        return TritonVerdict(True)
+        return ""
     said = [line for line in (child.stderr or child.stdout or "").strip().splitlines() if line.strip()]
     detail = said[-1][:300] if said else "it said nothing"
     ended = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-    return _refusal(f"the Triton self-test on this GPU ended with {ended}: {detail}", child.stdout or "")
-
-
-def _refusal(reason: str, said: str) -> TritonVerdict:
-    """Of everything, or of the stand-ins alone, which the child checks last."""
-    return TritonVerdict(True, reason, pool_skipped=False) if BASIC in said else TritonVerdict(False, reason)
+    return f"the Triton self-test on this GPU ended with {ended}: {detail}"
 
 
 def install_hint() -> str:

@@ -27,10 +27,6 @@ class Workspace:
         self._allocating = allocating
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         self._tables: dict[tuple, Tensor] = {}
-        self.compiled: dict[tuple, object] = {}
-        """Compiled kernels by what they were compiled for, see `triton_launch`."""
-        self.cost_order_turn: dict[torch.device, int] = {}
-        """Which of its two tables of class sizes the next call counts in; the call before has left that one zero."""
 
     def buffer(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised flat buffer of at least `numel` elements, the same one at every call."""
@@ -45,21 +41,8 @@ class Workspace:
             self._buffers[key] = held
         return held
 
-    def cost_order(self, numel: int, device: torch.device) -> Tensor:
-        """int32 scratch of the rows by cost, see `expand_kernel`; zero when it is made, later what calls leave."""
-        key = ("order", device)
-        held = self._buffers.get(key)
-        if held is None or held.numel() < numel:
-            self._buffers.pop(key, None)
-            del held
-            with self._allocating(), torch.inference_mode(False):
-                held = torch.zeros(numel, dtype=torch.int32, device=device)
-            self._buffers[key] = held
-            self.cost_order_turn[device] = 0
-        return held
-
-    def row_table(self, entries: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-        """int64 [B, 2]: for each batch row the address of its mask bits and whether it visits backwards."""
+    def mask_table(self, entries: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+        """int64 [B, 2]: for each batch entry the address of its mask words and whether it visits backwards."""
         return self._table((device, entries), lambda: torch.tensor(entries, dtype=torch.int64, device=device))
 
     def must_words(self, must_keep: MustKeep, seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
@@ -68,6 +51,10 @@ class Workspace:
             (device, must_keep, seqlen_q, seqlen_k),
             lambda: pack_bits(must_keep.tile_mask(seqlen_q, seqlen_k)).contiguous().to(device),
         )
+
+    def in_order(self, n: int, device: torch.device) -> Tensor:
+        """int64 [n]: 0, 1, …"""
+        return self._table((device, n), lambda: torch.arange(n, device=device))
 
     def _table(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         held = self._tables.get(key)

@@ -71,7 +71,7 @@ class SparseAttention:
             if name == "torch" and device.type != "cpu" and not choice.asked:
                 name = None
             reason = choice.reason
-            if name is not None and not choice.pool_skipped and self._pool_skipped:
+            if name is not None and not choice.pooled and self._pool_skipped:
                 self._pool_skipped = False
                 self._notes.add(f"pool_skipped is off on {device}. {reason}")
         except Exception as error:

@@ -84,11 +84,12 @@ class Counters:
         with self._lock:
             layers = self._layers.setdefault(key.device, {})
             if key not in layers:
-                blocks = self._counters.setdefault(key.device, [])
+                blocks = self._counters.get(key.device, [])
                 with torch.inference_mode(False):
                     if len(layers) == len(blocks) * LAYERS_PER_BLOCK:
                         with self._allocating():
-                            blocks.append(torch.zeros(LAYERS_PER_BLOCK, COUNTERS, dtype=torch.int64, device=key.device))
+                            new = torch.zeros(LAYERS_PER_BLOCK, COUNTERS, dtype=torch.int64, device=key.device)
+                        self._counters[key.device] = blocks = [*blocks, new]
                     layers[key] = _Layer(blocks[-1][len(layers) % LAYERS_PER_BLOCK])
             return layers[key].counters
 

@@ -170,7 +170,7 @@ class ForwardPass:
     def _shape(self, call: AttentionCall) -> CallShape | None:
         """What the time of the call depends on; None where nothing is timed."""
         device = call.q.device
-        if self._parts.sparse.failed or self._parts.sparse.backend(device) is None:
+        if self._parts.sparse.backend(device) is None:
             return None
         return CallShape(device, call.heads, call.seqlen_q, call.head_dim, call.q.dtype,
                          self._parts.sparse.precision(call))

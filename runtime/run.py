@@ -43,6 +43,7 @@ class RunHandle:
         self.masks: CarriedMasks | None = None
         self.layout: VideoLayout | None = None
         self._prompt: Hashable = None
+        self._several = False
         self._why = NO_RUN
 
     def start(self, prompt: Hashable = None) -> None:
@@ -52,20 +53,18 @@ class RunHandle:
             prompt: identity of the prompt that the run belongs to, or None if unknown.
         """
         # Two samplers behind one node: nobody can tell which of them to continue.
-        several = prompt is not None and prompt == self._prompt and (self.masks is not None or self._why == SEVERAL)
+        self._several = prompt is not None and prompt == self._prompt and (self._several or self.masks is not None)
         self.masks = self.layout = None
-        self._prompt, self._why = prompt, SEVERAL if several else NOT_FINISHED
+        self._prompt, self._why = prompt, NOT_FINISHED
 
     def finish(self, run: SamplingRun) -> None:
         """The last step of `run` is over; it is about to be closed."""
-        if self._why == SEVERAL:
-            return
         self.masks, self._why = run.carry()
         self.layout = run.layout
 
     def carried(self) -> tuple[CarriedMasks | None, str]:
         """(the masks for a run that continues the last one, ""), or (None, why there are none)."""
-        return self.masks, "" if self.masks is not None else self._why
+        return (None, SEVERAL) if self._several else (self.masks, self._why)
 
 
 class SamplingRun:

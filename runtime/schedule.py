@@ -8,6 +8,8 @@ from enum import Enum
 FEW_STEPS = 8
 """Runs of up to so many steps (distilled models) warm up in one."""
 
+NO_STEP_LEFT = "no step left to skip in"
+
 
 class Phase(Enum):
     """What attention does during a step."""
@@ -80,5 +82,5 @@ class StepPlan:
         if self.dense_end_steps:
             parts.append(f"from step {self.first_end_step + 1} dense again")
         if (self.first_end_step if continued else self.sparse_steps) == 0:
-            parts.append("no step left to skip in: lower warmup_steps or dense_end_steps")
+            parts.append(NO_STEP_LEFT)
         return ", ".join(parts)

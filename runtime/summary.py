@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from .reasons import CROSS_ATTENTION, DENSE_END, DENSE_FASTER, NOT_VIDEO, WARMUP, Reason
+from .reasons import CROSS_ATTENTION, DENSE_FASTER, NOT_VIDEO, Reason
 from .rules import Rule
+from .schedule import NO_STEP_LEFT
 from .timing import TimeSaved
 
 MB = 2**20
@@ -18,6 +19,9 @@ SMALL_SHARE = 0.2
 """Of a run's time that attention takes when dense: with less, even skipping half of it saves less than a tenth."""
 MUCH_DENSE = 0.1
 """Of the self-attention over the video's tokens that stays dense, for a faster dense attention to be worth a word."""
+
+_OTHER = {CROSS_ATTENTION: "cross-attention calls", NOT_VIDEO: "calls over other tokens"}
+"""Reasons of calls that are no self-attention over the video."""
 
 NOT_REACHED = ("no attention call reached LiteAttention: a node after it replaced the attention; put LiteAttention "
                "last before the sampler")
@@ -169,8 +173,9 @@ class RunSummary:
         return "; try: ".join([", ".join(parts), *self.advice[:1]])
 
     def main_reason(self) -> Reason | None:
-        """The reason of most dense calls, those that are not normal first."""
-        return max(self.dense_calls, key=lambda r: (not r.expected, self.dense_calls[r]), default=None)
+        """The reason of most dense calls: first of those that are not normal, then of self-attention."""
+        return max(self.dense_calls, default=None,
+                   key=lambda reason: (not reason.expected, reason not in _OTHER, self.dense_calls[reason]))
 
     def lines(self) -> list[str]:
         """The headline, then short lines in a fixed order: time, calls, steps, masks, further advice, notes."""
@@ -190,18 +195,16 @@ class RunSummary:
         return lines + self.notes
 
     def _calls(self) -> str:
-        """Self-attention calls first: the others are never sparse."""
-        other = (CROSS_ATTENTION, NOT_VIDEO)
+        """Self-attention over the video first: the others are never sparse."""
         reasons = sorted(self.dense_calls.items(), key=lambda item: -item[1])
-        own = [f"{count} {reason}" for reason, count in reasons if reason not in other]
-        total = self.sparse_calls + sum(count for reason, count in reasons if reason not in other)
+        dense = [f"{count} {reason}" for reason, count in reasons if reason not in _OTHER]
+        total = self.sparse_calls + sum(count for reason, count in reasons if reason not in _OTHER)
         parts = [f"self-attention: {self.sparse_calls} of {total} calls sparse"]
-        if own:
-            parts.append(f"dense: {', '.join(own)}")
-        parts += [f"{count} {reason} calls" if reason is CROSS_ATTENTION else f"{count} calls over other tokens"
-                  for reason, count in reasons if reason in other]
-        text = "; ".join(parts).replace("; ", ", ")
-        return f"{text} (dense by {self.fallback})" if self.fallback and self.dense_calls else text
+        if dense:
+            parts.append(f"dense: {', '.join(dense)}")
+        parts += [f"{self.dense_calls[other]} {calls}" for other, calls in _OTHER.items() if other in self.dense_calls]
+        by = f" (dense by {self.fallback})" if self.fallback and self.dense_calls else ""
+        return ", ".join(parts) + by
 
 
 def advise(summary: RunSummary, rule: Rule, faster_dense: str = "") -> list[str]:
@@ -219,11 +222,10 @@ def advise(summary: RunSummary, rule: Rule, faster_dense: str = "") -> list[str]
     if sum(declined.values()) > summary.sparse_calls:
         main = max(declined, key=lambda reason: declined[reason])
         found.append(bolder if main == DENSE_FASTER else main.hint)
-    if summary.sparse_calls and summary.skipped < LITTLE_SKIPPED:
-        warm = WARMUP in summary.dense_calls or DENSE_END in summary.dense_calls
-        nothing = not any(summary.skipped_per_step)
-        found.append("lower warmup_steps or dense_end_steps: no step was left to skip in" if nothing and warm
-                     else bolder)
+    if NO_STEP_LEFT in summary.plan:
+        found.append("lower warmup_steps or dense_end_steps: no step was left to skip in")
+    elif summary.sparse_calls and summary.skipped < LITTLE_SKIPPED:
+        found.append(bolder)
     share = summary.attention_share
     if share is not None and share < SMALL_SHARE:
         found.append(f"attention is only {share:.0%} of this run's time without LiteAttention; see what takes the rest "

@@ -171,15 +171,31 @@ class BreakEvens:
                 self._sides[shape][side].pending.append((watch, batch))
 
     def collect(self) -> None:
-        """Read the samples that have arrived and settle the shapes that have enough of both sides; never waits."""
+        """Read the samples that have arrived and settle the shapes that have enough of both sides; never waits.
+
+        Raises:
+            Exception: of a clock, once every shape is read. Its shape keeps the table's value and is not timed again.
+        """
+        failed = None
         with self._lock:
             for shape, sides in list(self._sides.items()):
-                for side in sides.values():
-                    side.collect()
-                if all(len(side.seconds) > SAMPLES for side in sides.values()):
-                    dense, sparse = (statistics.median(sides[name].seconds[1:]) for name in (DENSE, SPARSE))
-                    del self._sides[shape]  # first: times that make no sense are not read again
-                    self._settled[shape] = BreakEven.timed(dense, sparse)
+                try:
+                    found = _measured(sides)
+                except Exception as error:
+                    failed, found = failed or error, self.of(shape)
+                if found is not None:
+                    del self._sides[shape]
+                    self._settled[shape] = found
+        if failed is not None:
+            raise failed
+
+
+def _measured(sides: Mapping[str, _Side]) -> BreakEven | None:
+    for side in sides.values():
+        side.collect()
+    if not all(len(side.seconds) > SAMPLES for side in sides.values()):
+        return None
+    return BreakEven.timed(*(statistics.median(sides[name].seconds[1:]) for name in (DENSE, SPARSE)))
 
 
 @dataclass(frozen=True)
@@ -265,7 +281,7 @@ class AttentionTimes:
         Args:
             densities: active share of each layer's tiles when last seen.
         """
-        self._guarded(BreakEvens.collect)
+        self._guarded(lambda known: known.collect())
         for layer in self._shapes:
             self._dense_steps[layer] = self._dense_steps[layer] + 1 if layer in self._too_dense else 0
 

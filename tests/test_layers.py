@@ -102,7 +102,51 @@ assert "torch._dynamo" not in sys.modules, "torch._dynamo was imported"
     assert done.returncode == 0, done.stderr
 
 
-def test_no_file_outgrows_its_room():
-    for path in FILES:
-        lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= 350, f"{path.relative_to(ROOT)} has {lines} lines"
+def pack_modules():
+    """Module name: (path, whether it is a package) of every module of the pack, `liteattention` in front."""
+    paths = [ROOT / "__init__.py", *FILES]
+    names = {path: ("liteattention", *path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    return {".".join(name[:-1] if name[-1] == "__init__" else name): (path, name[-1] == "__init__")
+            for path, name in names.items()}
+
+
+MODULES = pack_modules()
+
+
+def imported_modules(name):
+    """Modules of the pack that a module imports, in functions and under TYPE_CHECKING as well."""
+    path, is_package = MODULES[name]
+    package = name.split(".") if is_package else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join(package[:len(package) - node.level + 1])
+            base = f"{base}.{node.module}" if node.module else base
+            # A submodule, or a name that the package defines.
+            yield from (f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names)
+
+
+def circles(graph):
+    """Each group of modules that import one another, directly or through others."""
+    def reached(start):
+        found, todo = set(), list(graph[start])
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo += graph[name]
+        return found
+
+    reach = {name: reached(name) for name in graph}
+    return {frozenset(other for other in reach[name] if name in reach[other]) for name in graph if name in reach[name]}
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}, "e": {"a"}}) == {frozenset("bc"), frozenset("d")}
+    assert set(imported_modules("liteattention.host.families")) >= {"liteattention.host.model_call",
+                                                                    "liteattention.host.block_numbers"}
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {name: set(imported_modules(name)) for name in MODULES}
+    assert all(imported <= MODULES.keys() for imported in graph.values())
+    assert not [" <-> ".join(sorted(circle)) for circle in circles(graph)]

@@ -6,93 +6,54 @@ import re
 from pathlib import Path
 
 import pytest
+import reasons
 import torch
 
 from liteattention.kernels import triton_probe
-from liteattention.runtime import Phase, kept, policy
+from liteattention.runtime import masks, run
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = " ".join((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split())
+TEXT = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+PAGE = " ".join(TEXT.split())
 
 
-def constants(module):
-    return {value for name, value in vars(module).items() if name.isupper() and isinstance(value, str)}
+def pieces(place, *paths):
+    """Of texts that stand at a place of the source (a pattern): the parts that do not depend on the run."""
+    found = (text for path in paths for text in re.findall(place + r'\s*f?"([^"]*)"', path.read_text("utf-8")))
+    return {piece.strip() for text in found for piece in re.split(r"{[^}]*}", text) if len(piece.strip()) > 3}
 
 
-def pieces(node):
-    """The constant pieces of a text in the source, joined over parts that only a run can tell."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return [node.value]
-    if isinstance(node, ast.JoinedStr):
-        return [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
-    if isinstance(node, ast.BinOp):
-        return pieces(node.left) + pieces(node.right)
-    if isinstance(node, ast.IfExp):
-        return [*pieces(node.body), "\0", *pieces(node.orelse)]
-    return ["\0"]
+def constants(path):
+    """Module-level texts by their names, from the source: host/ needs a ComfyUI to be imported."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.targets[0].id, node.value.value
 
 
-def parsed(path):
-    return ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
-
-
-def in_calls(path, functions, argument=0):
-    """Texts that calls of these functions have at this place."""
-    for node in parsed(path):
-        function = getattr(node, "func", None)
-        if getattr(function, "attr", getattr(function, "id", None)) in functions and len(node.args) > argument:
-            yield node.args[argument]
-
-
-def in_answers(path):
-    """Texts that functions return in the second place of a pair."""
-    for node in parsed(path):
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 2:
-            yield node.value.elts[1]
-
-
-def cut(texts):
-    """Each as a list of its constant pieces; those without any are left out."""
-    found = [[piece.strip() for piece in "".join(pieces(text)).split("\0") if len(piece.strip()) > 3] for text in texts]
-    return [text for text in found if text]
-
-
+SOURCES = [path for folder in ("runtime", "host") for path in sorted((ROOT / folder).glob("*.py"))]
+KERNELS = ROOT / "kernels"
 MESSAGES = {
-    "notes": [text for folder in ("runtime", "host") for path in sorted((ROOT / folder).rglob("*.py"))
-              for text in cut(in_calls(path, ("note", "_note")))],
-    "verdicts on Triton": cut([*in_calls("kernels/triton_probe.py", ("TritonVerdict",), 1),
-                               *in_calls("kernels/triton_probe.py", ("_refusal",))]),
-    # Masks are made for the call: one that does not fit is our own error.
-    "calls not served": [text for text in cut(in_calls("kernels/api.py", ("no",), 3)) if "mask for" not in text[0]],
-    "profiles refused": cut(in_calls("runtime/profile.py", ("ProfileError",))),
-    "calibrations without a profile": cut(in_answers("runtime/calibration.py")),
+    "notes": pieces(r"note(?:s\.add)?\(", *SOURCES),
+    "notes about other nodes": {text for path in SOURCES for name, text in constants(path) if name.endswith("_NOTE")},
+    "notes about masks": {masks.SIZE_CHANGED, masks.NO_MATCH, *pieces(r"None, \(", ROOT / "runtime" / "masks.py")},
+    "why no run is continued": {run.NO_RUN, run.NOT_FINISHED, run.SEVERAL, run.NOTHING, run.LOST},
+    "calls that the kernels do not compute": pieces(r'return no\([^#]*?,\s*(?=f?"[^"]*"\)\n)', KERNELS / "api.py"),
+    "verdicts on Triton": pieces(
+        r'(?:TritonVerdict\(False,|_refusal\(|return(?= f"the ))', KERNELS / "triton_probe.py"),
 }
-AT_LEAST = {"notes": 20, "verdicts on Triton": 6, "calls not served": 10, "profiles refused": 8,
-            "calibrations without a profile": 3}
+AT_LEAST = {"notes": 16, "notes about other nodes": 2, "notes about masks": 3, "why no run is continued": 5,
+            "calls that the kernels do not compute": 14, "verdicts on Triton": 6}
 
 
-def test_the_page_has_every_reason():
-    reasons = constants(policy) | {Phase.WARMUP.value, Phase.END.value, "fewer than … tokens"}
-    assert len(reasons) > 20 and not {reason for reason in reasons if reason not in PAGE}
-
-
-def test_the_page_says_why_a_run_starts_fresh():
-    reasons = constants(kept)
-    assert len(reasons) >= 7 and not {reason for reason in reasons if reason not in PAGE}
-
-
-def test_the_page_has_what_other_nodes_cause():
-    """Read from the source: host/companions.py needs a ComfyUI to be imported."""
-    tree = ast.parse((ROOT / "host" / "companions.py").read_text(encoding="utf-8"))
-    said = {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)}
-    wanted = [said["SPARSE_NOTE"], said["FULLGRAPH_NOTE"], said["SPARSE_ON_TOP"]]
-    assert not [text for text in wanted if text not in PAGE]
+def test_the_page_has_the_table_of_reasons():
+    """python tools/reasons.py --write"""
+    assert reasons.page() == TEXT
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
 def test_the_page_has_every_message(kind):
     assert len(MESSAGES[kind]) >= AT_LEAST[kind], "the source is read in another way than it is written"
-    assert not [text for text in MESSAGES[kind] if not all(piece in PAGE for piece in text)]
+    assert not {text for text in MESSAGES[kind] if text not in PAGE}
 
 
 @pytest.mark.parametrize("version", [f"2.{minor}" for minor in range(5, 14)])
@@ -117,7 +78,6 @@ def test_the_page_names_what_the_note_on_other_systems_names(system, hip, monkey
 
 
 def test_links_inside_the_page_lead_somewhere():
-    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     headings = {re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
-                for line in text.splitlines() if line.startswith("#")}
-    assert not {anchor for anchor in re.findall(r"\]\(#([^)]+)\)", text) if anchor not in headings}
+                for line in TEXT.splitlines() if line.startswith("#")}
+    assert not {anchor for anchor in re.findall(r"\]\(#([^)]+)\)", TEXT) if anchor not in headings}

@@ -13,12 +13,11 @@ from liteattention.runtime import LiteAttentionConfig
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 OURS = "comfyui-liteattention"
-MUTED = 2
 TITLE_PX = 30
 MODEL_FOLDERS = {"diffusion_models", "text_encoders", "vae", "clip_vision", "checkpoints", "loras"}
 EXPECTED = {"wan2.1_t2v_liteattention", "wan2.1_i2v_liteattention", "wan2.2_14B_t2v_liteattention",
             "wan2.2_14B_t2v_4steps_liteattention", "wan2.2_5B_liteattention", "hunyuanvideo1.5_t2v_liteattention",
-            "ltx2_t2v_liteattention", "liteattention_report_and_compare", "liteattention_calibration",
+            "ltx2_t2v_liteattention", "liteattention_report_and_compare",
             "liteattention_tiny_demo"}
 
 
@@ -92,7 +91,7 @@ def test_nothing_lies_on_top_of_another(graph):
 def test_every_model_file_has_its_address_and_is_in_the_note(graph):
     note = next(node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote")
     for node in graph["nodes"]:
-        if node["type"] in ("MarkdownNote", "LiteAttentionLoadProfile"):
+        if node["type"] == "MarkdownNote":
             continue
         wanted = {value for value in node["widgets_values"] if isinstance(value, str) and ".safetensors" in value}
         models = {model["name"]: model for model in node["properties"].get("models", [])}
@@ -106,7 +105,7 @@ def test_every_model_file_has_its_address_and_is_in_the_note(graph):
 
 def test_our_node_has_the_widgets_of_the_schema_and_is_last_before_the_sampler(graph):
     nodes = {node["id"]: node for node in graph["nodes"]}
-    ours = [node for node in graph["nodes"] if node["type"] in ("LiteAttention", "LiteAttentionCalibrate")]
+    ours = [node for node in graph["nodes"] if node["type"] == "LiteAttention"]
     assert ours
     for node in ours:
         targets = {nodes[link[3]]["type"] for link in graph["links"] if link[1] == node["id"] and link[2] == 0}
@@ -148,10 +147,3 @@ def test_both_videos_of_the_comparison_have_one_seed_and_the_same_settings():
     assert dense["widgets_values"] == lite["widgets_values"]
     assert sources[dense["id"], "model"]["type"] == "ModelSamplingSD3"
     assert sources[lite["id"], "model"]["type"] == "LiteAttention"
-
-
-def test_the_second_part_of_the_calibration_is_muted():
-    (node,), sources = by_type("liteattention_calibration", "LiteAttentionLoadProfile")
-    (save,), _ = by_type("liteattention_calibration", "LiteAttentionSaveProfile")
-    assert node["mode"] == MUTED and node["widgets_values"] == [f"{save['widgets_values'][0]}.safetensors"]
-    assert sources[save["id"], "samples"]["type"] == "KSampler" and save["mode"] == 0

@@ -52,7 +52,6 @@ TITLES = {  # title, line below it
     "hunyuanvideo1.5_t2v_liteattention": ("HunyuanVideo 1.5", "Text to video, 20 steps"),
     "ltx2_t2v_liteattention": ("LTX-2", "Text to video with sound, 20 steps"),
     "liteattention_report_and_compare": ("Report, Compare", "What it did, and what it cost"),
-    "liteattention_calibration": ("Calibration", "A threshold for every layer"),
     DEMO: ("Tiny demo", "Runs anywhere, nothing to download"),
 }
 
@@ -153,12 +152,6 @@ def help_pictures(browser: Any) -> None:
             (["LiteAttentionDemoDecode"], 1.3, "LiteAttentionDemoDecode", 480)):
         png, crop = around(browser, types, scale)
         save(png, HELP / f"{name}.jpg", crop, width)
-    load(browser, "liteattention_calibration")
-    for types, name in ((["LiteAttentionCalibrate", "LiteAttentionSaveProfile"], "LiteAttentionCalibrate"),
-                        (["LiteAttentionSaveProfile"], "LiteAttentionSaveProfile"),
-                        (["LiteAttentionLoadProfile", "LiteAttention"], "LiteAttentionLoadProfile")):
-        png, crop = around(browser, types, 1.1)
-        save(png, HELP / f"{name}.jpg", crop, 800)
 
 
 def thumbnails(browser: Any, shown: dict[str, bytes]) -> None:
@@ -178,9 +171,7 @@ def thumbnails(browser: Any, shown: dict[str, bytes]) -> None:
             picture = picture.crop((0, 0, width, round(width * (side - band) / side)))
         else:
             load(browser, path.stem)
-            kinds = {node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
-            kind = next(kind for kind in ("LiteAttentionCalibrate", "LiteAttention") if kind in kinds)
-            png, (left, top, *_) = around(browser, [kind], 0.9)
+            png, (left, top, *_) = around(browser, ["LiteAttention"], 0.9)
             left, top = left - 80, top - 20
             picture = Image.open(io.BytesIO(png)).convert("RGB").crop((
                 round(left), round(top), round(left) + side * 5 // 4, round(top) + (side - band) * 5 // 4))
@@ -210,9 +201,6 @@ def main() -> int:
         sys.exit(f"{missing()} is not installed.")
     wanted = sys.argv[1:] or ["help", "thumbnails"]
     with ComfyServer(comfy_path) as server:
-        profiles = server.base / "models" / "lite_attention"
-        profiles.mkdir(exist_ok=True)
-        (profiles / "wan2.1_t2v_1.3B.safetensors").touch()  # the one that the calibration graph names
         server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False})
         browser = open_frontend(server.port)
         try:

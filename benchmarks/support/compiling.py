@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 
-from support.variants import AMD, NVIDIA, Variant, compile_variant, config_of, variants
+from support.variants import AMD, NVIDIA, Variant, all_variants, compile_variant, config_of
 
 STOP_AFTER = 300.0
 """Seconds for one variant; the slowest takes 6 on an idle core."""
@@ -56,7 +56,7 @@ def compile_all(script: str, wanted: Iterable[Variant], jobs: int = 2,
 
 def _child(script: str) -> subprocess.Popen:
     # Triton decides at import whether it interprets, and the tests may be running in its interpreter.
-    without = ("TRITON_INTERPRET", "TRITON_KERNEL_OVERRIDE", "TRITON_KERNEL_DUMP", "LITEATTENTION_LAUNCH")
+    without = ("TRITON_INTERPRET", "TRITON_KERNEL_OVERRIDE", "TRITON_KERNEL_DUMP")
     environment = {name: value for name, value in os.environ.items() if name not in without}
     return subprocess.Popen([sys.executable, script, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             stderr=subprocess.DEVNULL, text=True, env={**environment, "OMP_NUM_THREADS": "1"})
@@ -85,7 +85,7 @@ def serve() -> None:
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the compiler prints is no answer
-    known = {variant.name: variant for arch in (*NVIDIA, *AMD) for variant in variants(arch)}
+    known = {variant.name: variant for arch in (*NVIDIA, *AMD) for variant in all_variants(arch)}
     for line in sys.stdin:
         variant = known[line.rstrip("\n")]
         try:
@@ -96,8 +96,8 @@ def serve() -> None:
 
 
 def launch_text(config, variant: Variant) -> str:
-    """"128x64 w8 s2": compute tile, warps, stages; "" where the table has no say."""
-    if not variant.attention:
+    """"128x64 w8 s2 registers": compute tile, warps, stages, where decisions are recorded; "" for other kernels."""
+    if variant.kernel != "attention":
         return ""
-    text = f"{config.BLOCK_M}x{config.BLOCK_N} w{config.num_warps} s{config.num_stages}"
-    return text + f" r{config.record}" if variant.recording else text
+    return (f"{config.BLOCK_M}x{config.BLOCK_N} w{config.num_warps} s{config.num_stages}"
+            + (" registers" if config.record_in_registers else " tile"))

@@ -22,7 +22,7 @@ INT8_TOLERANCE = 5e-2
 
 @dataclass
 class Problem:
-    """One group's data: q, k, v [1, H, N, D] over [1, N, H, D] memory; bits bool [1, H, QT, KT]; scratch of our own."""
+    """One group's data: q, k, v [1, H, N, D] over [1, N, H, D] memory; bits bool [1, H, QT, KT]; scratch memory."""
 
     q: Tensor
     k: Tensor
@@ -53,10 +53,13 @@ class Contender:
     """One line of the table.
 
     Attributes:
-        form: "dense": every tile, no mask; "list": every tile through a full mask; "read", "record": the group's mask;
-            "masked": the group's mask by another package; "own": as many tiles as the mask, chosen by itself.
+        form: "dense": another package's, without a mask; "unskipped": a mask with every tile; "read", "record": the
+            group's mask, max test; "default": the same as the node launches it by default, recording by the mass test
+            with pooled keys; "masked": the group's mask by another package; "own": as many tiles as the mask, chosen
+            by itself.
         build: makes the call to time.
-        build_check: makes the call to check where it is another one (form "own", all tiles kept).
+        build_check: makes the call to check where it is another one (form "own": all tiles kept; "default": without
+            the pooled keys, whose values the kernel tests check).
     """
 
     name: str
@@ -68,7 +71,7 @@ class Contender:
     @property
     def sparse(self) -> bool:
         """Whether its time depends on the mask."""
-        return self.form in ("read", "record", "masked", "own")
+        return self.form in ("read", "record", "default", "masked", "own")
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Relative L2 against float32 that it has to stay within."""
@@ -76,18 +79,17 @@ class Contender:
 
 
 def _lite(name: str, form: str, precision: str) -> Contender:
-    def build(p: Problem) -> Call:
+    def build(p: Problem, pooled: bool = form == "default") -> Call:
         from liteattention.kernels import lite_attention
 
-        call = functools.partial(lite_attention, p.q, p.k, p.v, precision=precision, workspace=p.workspace,
-                                 backend="triton" if p.q.is_cuda else "torch")
-        if form == "dense":
-            return functools.partial(call, None)
         # A reader with a threshold visits as a recorder does, so the two differ by the recording alone.
-        return functools.partial(call, p.mask(name, full=form == "list"), threshold=NEVER_DROPS,
-                                 record=form == "record")
+        return functools.partial(
+            lite_attention, p.q, p.k, p.v, p.mask(name, full=form == "unskipped"), threshold=NEVER_DROPS,
+            criterion="mass" if form == "default" else "max", record=form in ("record", "default"), pool_skipped=pooled,
+            precision=precision, workspace=p.workspace, backend="triton" if p.q.is_cuda else "torch")
 
-    return Contender(name, form, precision, build)
+    without_pooled = functools.partial(build, pooled=False) if form == "default" else None
+    return Contender(name, form, precision, build, without_pooled)
 
 
 def _sdpa(name: str, backend: str | None) -> Contender:
@@ -180,7 +182,7 @@ def contenders(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple
         _sdpa("sdpa", None)]
     if not cuda:
         absent["sdpa cudnn"] = absent["sdpa flash"] = "needs a GPU; here it is torch's own choice for the CPU"
-    forms = ("dense", "list", "read", "record")
+    forms = ("unskipped", "read", "record", "default")
     present += [_lite(f"{form} full", form, "full") for form in forms]
     reason = precision_choice(device, head_dim, dtype, 1 << 20, "int8", "triton" if cuda else "torch").reason
     if reason:

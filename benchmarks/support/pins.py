@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.variants import NVIDIA, SHARED_LIMIT, Variant
+from support.variants import DISASSEMBLED, SHARED_LIMIT, Variant, default_variants
 
 PINS = Path(__file__).resolve().parent.parent / "static_pins.json"
 REPIN = "python benchmarks/static.py --pin"
@@ -18,37 +18,28 @@ GROWTH = {"loop": (0.02, 0), "registers": (0.0, 8), "shared": (0.0, 0)}
 TWO_PROGRAMS = 128
 """Registers per thread up to which an SM holds two programs of 8 warps: what stays below may not rise above."""
 KEPT = (*EXACT, *GROWTH, "instructions", "shared_reads")
-"""What is written into the file. The last two are compared with nothing; `machine_model.py` reads them."""
+"""What is written into the file. The last two are compared with nothing."""
 
-FLOAT32_SPILL = 20
-"""Bytes. float32 runs as three TF32 products, whose operands leave no register free: sm_100 spills 16."""
-STAND_IN_SPILL, STAND_IN_SPILL_FLOAT32 = 96, 320
-"""Bytes, almost all of them around the loop over tiles and not in it: once per program of hundreds of tiles."""
-STAND_IN_LOOP_SPILL = 12
-"""Loads and stores of them in that loop."""
+SPILL, LOOP_SPILL = 128, 12
+"""Bytes that a kernel may spill if the node's defaults do not launch it, and loads and stores of them in the main loop.
+Such are float32, three TF32 products whose operands leave no register free, and head_dim 96."""
 
 
 def limits(variant: Variant, row: dict) -> list[str]:
     """What is wrong with a compiled kernel whatever its pin says."""
     found = []
-    float32 = variant.dtype == "fp32"
-    allowed = FLOAT32_SPILL if float32 else 0
-    if variant.pool_skipped:
-        allowed = STAND_IN_SPILL_FLOAT32 if float32 else STAND_IN_SPILL
-        if row.get("loop_spill", 0) > STAND_IN_LOOP_SPILL:
-            found.append(f"loop_spill is {row['loop_spill']}, at most {STAND_IN_LOOP_SPILL}")
-    if row["spill"] > allowed:
-        found.append(f"spill is {row['spill']} bytes, at most {allowed}")
+    by_default = variant in default_variants(variant.arch)
+    for figure, most in (("spill", 0 if by_default else SPILL), ("loop_spill", 0 if by_default else LOOP_SPILL)):
+        if row.get(figure, 0) > most:
+            found.append(f"{figure} is {row[figure]}, at most {most}")
     if row["shared"] > 1024 * SHARED_LIMIT[variant.arch]:
         found.append(f"shared is {row['shared'] / 1024:.1f} KiB, {variant.arch} has {SHARED_LIMIT[variant.arch]}")
-    if variant.reads_only and row["atomics"]:
-        found.append(f"atomics is {row['atomics']} in a kernel that only reads its mask")
     if row["notes"]:
         found.append(f"the assembler serialises wgmma ({row['notes']})")
-    if variant.attention and variant.arch in NVIDIA:
+    if variant.kernel == "attention" and variant.arch in DISASSEMBLED:
         if not row.get("tensor"):
             found.append("there is no loop with tensor instructions")
-        elif not row["copies"] and not (variant.pool_skipped and float32):  # those load q again in parts, and wait for k, v
+        elif not row["copies"]:
             found.append("copies is 0: the main loop waits for every tile of k and v")
     return [f"{variant.name}: {text}" for text in found]
 

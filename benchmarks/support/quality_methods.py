@@ -32,8 +32,8 @@ class Setting:
         criterion: "max" or "mass"; of an oracle "mass" or "residual" (see `chosen_by_oracle`).
         pool_skipped: skipped tiles are represented by their means.
         covariance: and by the covariance of keys and values inside tiles. Simulation only.
-        weighted: thresholds are divided by what is at stake. Simulation only.
-        refresh: every how many steps a query tile is judged anew; 0 = never.
+        weighted: thresholds are divided by the fraction that pooling loses. Simulation only.
+        refresh: every how many steps a query tile is judged anew; 0 = never. Simulation only.
         warmup: steps at the start that compute everything; the last of them records.
         restart: the step at which all masks are forgotten, as by a second sampler on its own; 0 = never.
         cubes: tokens are grouped in cubes of (frames, rows, columns) inside the call, or None: raster order.
@@ -152,7 +152,7 @@ class Means:
 
 
 def means(k: Tensor, v: Tensor, tile: int) -> Means:
-    """Stand-ins of all key tiles, by the formulae of docs/quality.md."""
+    """Pooled keys and values of all key tiles, by the formulae of docs/quality.md."""
     seqlen = k.shape[2]
     owner = torch.arange(seqlen, device=k.device) // tile
     counts = torch.bincount(owner).to(k.dtype)
@@ -173,11 +173,11 @@ def visit_order(q_tiles: Tensor, key_tiles: int, ragged: bool, backwards: bool) 
     return rank.argsort(-1)
 
 
-def decide(c: Chunk, keep: Tensor, setting: Setting, ragged: bool, backwards: bool, stake: Tensor | None) -> Tensor:
-    """Tiles of a chunk that stay, bool [query tiles, KT]. keep: what was computed; stake: [R, 1] or None."""
+def decide(c: Chunk, keep: Tensor, setting: Setting, ragged: bool, backwards: bool, lost: Tensor | None) -> Tensor:
+    """Tiles of a chunk that stay, bool [query tiles, KT]. keep: what was computed; lost: [R, 1] or None."""
     threshold = torch.full_like(c.top, setting.level * math.log(2))
-    if stake is not None:
-        threshold = (threshold - stake.log()).clamp_max(max(setting.level * math.log(2), math.log(0.5)))
+    if lost is not None:
+        threshold = (threshold - lost.log()).clamp_max(max(setting.level * math.log(2), math.log(0.5)))
     order = visit_order(torch.arange(c.tiles.start, c.tiles.stop, device=keep.device), keep.shape[-1], ragged,
                         backwards)
     by_row, here = c.per_row(order), c.per_row(keep)
@@ -234,13 +234,13 @@ def simulate(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, setting: Sett
             mine.copy_(chosen_by_oracle(c, values, stand, setting))
         if measured:
             _write_exact(c, values, keep, dense, dropped)
-        stake = None
+        lost = None
         if stand is not None:
             variance = ((c.queries @ stand.spread[c.b, c.h]) * c.queries).sum(-1, keepdim=True).clamp_min(0)
             if setting.weighted:
-                stake = (1 - (-variance).exp()).clamp(2.0 ** -6, 1)
+                lost = (1 - (-variance).exp()).clamp(2.0 ** -6, 1)
         if not oracle:
-            kept_next[c.b, c.h, c.tiles] = decide(c, mine, setting, seqlen % tile != 0, backwards, stake)
+            kept_next[c.b, c.h, c.tiles] = decide(c, mine, setting, seqlen % tile != 0, backwards, lost)
         here = c.per_row(mine)
         weights = c.weights * here.unsqueeze(-1)
         top, total = weights.flatten(1) @ values[c.b, c.h], (c.mass * here).sum(-1, keepdim=True)
@@ -305,8 +305,6 @@ class Method:
         if layer not in self.state:
             self.state[layer] = SkipMask.full(*q.shape[:3], device=q.device)
         mask = self.state[layer]
-        if setting.refresh and step:
-            mask.reopen(setting.refresh, step)
         keep = mask.to_bool()
         out = lite_attention(q, k, v, mask, threshold=setting.level, criterion=setting.criterion,
                              pool_skipped=setting.pool_skipped, backend="triton" if q.is_cuda else "torch")

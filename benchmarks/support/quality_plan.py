@@ -9,8 +9,8 @@ from .quality_methods import Setting
 from .quality_runs import Case
 
 KERNEL = {"kind": "kernel", "tile": 128}
-OURS = Setting("ours, tiles of 64", 0.0, everywhere=True)
-OURS_128 = Setting("ours, tiles of 128", 0.0, everywhere=True, **KERNEL)
+LITE = Setting("LiteAttention, tiles of 64", 0.0, everywhere=True)
+LITE_128 = Setting("LiteAttention, tiles of 128", 0.0, everywhere=True, **KERNEL)
 SOL = Setting("Sol-Attn", 0.0, kind="sol", everywhere=True)
 ORACLE = Setting("oracle", 0.0, kind="oracle", pool_skipped=False)
 BUDGETS = (0.02, 0.05, 0.1, 0.3, 0.5, 1.0)
@@ -29,31 +29,32 @@ def curves() -> list[Setting]:
     alone = {"everywhere": False}
     return [
         *curve(SOL, -2.0, -1.2, -0.4, 0.4, 1.1, 1.8, 2.6),
-        *curve(OURS, -8.0, -7.0, -6.0, -5.0, -4.0, -3.25, -2.5, -1.75),
-        *curve(OURS_128, -6.0, -4.5, -3.5, -2.5, -1.75),
-        *curve(replace(OURS_128, curve="max test, tiles of 128", criterion="max", pool_skipped=False),
+        *curve(LITE, -8.0, -7.0, -6.0, -5.0, -4.0, -3.25, -2.5, -1.75),
+        *curve(LITE_128, -6.0, -4.5, -3.5, -2.5, -1.75),
+        *curve(replace(LITE_128, curve="max test, tiles of 128", criterion="max", pool_skipped=False),
                *THRESHOLDS, **alone),
-        *curve(replace(OURS_128, curve="max + stand-in, tiles of 128", criterion="max"), *THRESHOLDS, **alone),
-        *curve(replace(OURS, curve="max + stand-in", criterion="max"), -6.0, -3.5, **alone),
-        *curve(replace(OURS, curve="no covariance", covariance=False), -6.0, -4.5, **alone),
-        *curve(replace(OURS, curve="no weighting", weighted=False), -7.0, -5.5, **alone),
-        *curve(replace(OURS, curve="mass test alone", pool_skipped=False), -7.0, -5.5, **alone),
-        *curve(replace(ORACLE, curve="oracle + stand-in", pool_skipped=True), -6.5, -5.0, **alone),
-        *curve(replace(ORACLE, curve="oracle by residual", pool_skipped=True, criterion="residual"), -6.5, -5.0, **alone),
+        *curve(replace(LITE_128, curve="max + pooled, tiles of 128", criterion="max"), *THRESHOLDS, **alone),
+        *curve(replace(LITE, curve="max + pooled", criterion="max"), -6.0, -3.5, **alone),
+        *curve(replace(LITE, curve="no covariance", covariance=False), -6.0, -4.5, **alone),
+        *curve(replace(LITE, curve="no weighting", weighted=False), -7.0, -5.5, **alone),
+        *curve(replace(LITE, curve="mass test alone", pool_skipped=False), -7.0, -5.5, **alone),
+        *curve(replace(ORACLE, curve="oracle + pooled", pool_skipped=True), -6.5, -5.0, **alone),
+        *curve(replace(ORACLE, curve="oracle by residual", pool_skipped=True, criterion="residual"), -6.5, -5.0,
+               **alone),
         *curve(ORACLE, -7.5, -6.0, **alone),
-        *curve(replace(OURS, curve="cubes 1x8x8", cubes=(1, 8, 8)), -6.0, -4.5, **alone),
-        *curve(replace(OURS, curve="cubes 2x8x8", cubes=(2, 8, 8)), -6.0, -4.5, **alone),
-        *curve(replace(OURS, curve="refresh every 8", refresh=8), -5.5, -4.0, **alone),
-        *curve(replace(OURS, curve="refresh every 16", refresh=16), -5.5, -4.0, **alone),
+        *curve(replace(LITE, curve="cubes 1x8x8", cubes=(1, 8, 8)), -6.0, -4.5, **alone),
+        *curve(replace(LITE, curve="cubes 2x8x8", cubes=(2, 8, 8)), -6.0, -4.5, **alone),
+        *curve(replace(LITE, curve="refresh every 8", refresh=8), -5.5, -4.0, **alone),
+        *curve(replace(LITE, curve="refresh every 16", refresh=16), -5.5, -4.0, **alone),
     ]
 
 
 def few_steps(steps: int) -> list[Setting]:
     """Runs of distilled models' lengths: what warm-up costs, and what a second sampler that starts anew."""
     levels = (-6.0, -4.5, -3.5, -2.5)
-    return [*curve(SOL, -1.2, -0.4, 0.4, 1.1, 1.8), *curve(OURS_128, *levels), *curve(OURS, *levels),
-            *curve(replace(OURS_128, curve="warm-up 2, tiles of 128", warmup=2), *levels),
-            *curve(replace(OURS_128, curve="two runs, tiles of 128", restart=steps // 2), *levels)]
+    return [*curve(SOL, -1.2, -0.4, 0.4, 1.1, 1.8), *curve(LITE_128, *levels), *curve(LITE, *levels),
+            *curve(replace(LITE_128, curve="warm-up 2, tiles of 128", warmup=2), *levels),
+            *curve(replace(LITE_128, curve="two runs, tiles of 128", restart=steps // 2), *levels)]
 
 
 def budgets(tokens: int) -> list[Setting]:
@@ -62,15 +63,15 @@ def budgets(tokens: int) -> list[Setting]:
     Args:
         tokens: of the case they run on.
     """
-    return [replace(OURS_128, curve=f"budget {budget:g}", everywhere=False,
-                    level=math.log2(budget / math.ceil(tokens / OURS_128.tile))) for budget in BUDGETS]
+    return [replace(LITE_128, curve=f"budget {budget:g}", everywhere=False,
+                    level=math.log2(budget / math.ceil(tokens / LITE_128.tile))) for budget in BUDGETS]
 
 
 def quick() -> list[Setting]:
     """One point of each kind, at levels that skip something of a small clip."""
-    return [replace(SOL, level=0.5), replace(OURS, level=-2.0), replace(OURS_128, level=-1.0),
-            replace(OURS, curve="cubes 1x8x8", cubes=(1, 8, 8), level=-2.0), replace(ORACLE, level=-2.0),
-            replace(OURS, curve="refresh every 2", refresh=2, level=-2.0)]
+    return [replace(SOL, level=0.5), replace(LITE, level=-2.0), replace(LITE_128, level=-1.0),
+            replace(LITE, curve="cubes 1x8x8", cubes=(1, 8, 8), level=-2.0), replace(ORACLE, level=-2.0),
+            replace(LITE, curve="refresh every 2", refresh=2, level=-2.0)]
 
 
 def plan(cases: list[Case], settings: list[Setting]) -> list[tuple[Case, Setting]]:

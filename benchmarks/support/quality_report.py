@@ -1,4 +1,4 @@
-"""What the quality lab says in the end: the frontier, how ours stands against Sol-Attn, and the plot."""
+"""What the quality lab says in the end: the frontier, how LiteAttention stands against Sol-Attn, and the plot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .quality_plan import FEW
 
 SHARES = tuple(range(20, 80, 5))
 """Skipped shares in per cent at which curves are compared."""
-PEER, OURS = "Sol-Attn", "ours"
+PEER, LITE = "Sol-Attn", "LiteAttention"
 POINTS = {"method": "method", "level": "level", "cases": "cases", "skipped": "skipped", "psnr_db": "PSNR dB",
           "ssim": "SSIM", "error_mean": "rel. L2", "error_max": "largest", "dropped_mean": "dropped",
           "dropped_q999": "99.9 %", "seconds": "seconds"}
@@ -35,13 +35,14 @@ def psnr_at(rows: list[dict], method: str, share: int) -> float | None:
 
 
 def frontier(rows: list[dict]) -> list[dict]:
-    """One row per share in `SHARES`: the PSNR of each method, our best curve's and its lead over Sol-Attn's in dB."""
+    """One row per share in `SHARES`: the PSNR of each method, the best LiteAttention curve's and its lead over
+    Sol-Attn's in dB."""
     methods = list(dict.fromkeys(r["method"] for r in rows))
     found = []
     for share in SHARES:
         row = {"share": share, **{m: psnr_at(rows, m, share) for m in methods}}
-        ours = [row[m] for m in methods if m.startswith(OURS) and row[m] is not None]
-        best, peer = max(ours, default=None), row.get(PEER)
+        own = [row[m] for m in methods if m.startswith(LITE) and row[m] is not None]
+        best, peer = max(own, default=None), row.get(PEER)
         found.append({**row, "best": best, "lead_db": best - peer if best is not None and peer is not None else None})
     return found
 
@@ -51,18 +52,18 @@ def frontier_columns(rows: list[dict]) -> dict[str, str]:
     counts: dict[str, set] = {}
     for row in rows:
         counts.setdefault(row["method"], set()).add(row["level"])
-    shown = [m for m, levels in counts.items() if m == PEER or m.startswith(OURS) and len(levels) > 1]
+    shown = [m for m, levels in counts.items() if m == PEER or m.startswith(LITE) and len(levels) > 1]
     return {"share": "skipped %", **{m: m for m in shown}, "lead_db": "lead dB"}
 
 
 def verdict(found: list[dict]) -> str:
-    """How ours stands against Sol-Attn in one line."""
+    """How LiteAttention stands against Sol-Attn in one line."""
     leads = {row["share"]: row["lead_db"] for row in found if row["lead_db"] is not None}
     if not leads:
         return f"No comparison with {PEER}: it is absent, or no share is reached by both curves."
     worst = min(leads, key=leads.get)
     text = " ".join(f"{share}%: {lead:+.1f}" for share, lead in leads.items())
-    return (f"Our best curve against {PEER}'s, dB at a skipped share: {text}. "
+    return (f"The best LiteAttention curve against {PEER}'s, dB at a skipped share: {text}. "
             f"Least {leads[worst]:+.1f} dB at {worst} %, mean {sum(leads.values()) / len(leads):+.1f} dB.")
 
 
@@ -77,7 +78,7 @@ def frontier_section(rows: list[dict]) -> str:
     columns = [m for m in frontier_columns(rows) if m not in ("share", "lead_db")]
     cells = [[f"{row['share']} %", *(None if row[m] is None else f"{row[m]:.1f}" for m in columns),
               None if row["lead_db"] is None else f"{row['lead_db']:+.1f}"] for row in frontier(rows)]
-    return markdown(["skipped", *columns, "best of ours against Sol-Attn"], cells)
+    return markdown(["skipped", *columns, "best LiteAttention against Sol-Attn"], cells)
 
 
 def points_section(rows: list[dict], against: str | None = None) -> str:
@@ -107,11 +108,11 @@ def sections(rows: list[dict]) -> dict[str, str]:
     first = [r for r in rows if r["case"] == rows[0]["case"]]
     if rows[0]["steps"] <= FEW:
         few = [r for r in rows if "64" not in r["method"] and r["method"] != PEER]
-        return {"few": points_section(few, f"{OURS}, tiles of 128")}
-    settings = [r for r in first if r["method"].startswith(("max test", "max + stand-in, tiles", "budget"))]
+        return {"few": points_section(few, f"{LITE}, tiles of 128")}
+    settings = [r for r in first if r["method"].startswith(("max test", "max + pooled, tiles", "budget"))]
     parts = [r for r in first if r["tile"] == 64 and r["method"] != PEER]
     return {"frontier": frontier_section(rows), "verdict": verdict(frontier(rows)),
-            "settings": points_section(settings), "parts": points_section(parts, f"{OURS}, tiles of 64")}
+            "settings": points_section(settings), "parts": points_section(parts, f"{LITE}, tiles of 64")}
 
 
 def plot(rows: list[dict], path: Path, title: str) -> str:
@@ -140,7 +141,7 @@ def plot(rows: list[dict], path: Path, title: str) -> str:
         for number, name in enumerate(names):
             line = sorted((100 * p["skipped"], p["psnr_db"]) for p in points(shown) if p["method"] == name)
             if line and (name in lines or not lines):  # a point that lies on another curve needs no name
-                strong = name == PEER or name.startswith(OURS)
+                strong = name == PEER or name.startswith(LITE)
                 axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name, linewidth=2 if strong else 1,
                           linestyle="-" if strong else "--", color=colours[number % len(colours)])
         axis.set(title=label, xlabel="tiles skipped, %", ylabel="PSNR against dense, dB", xlim=(0, 85), ylim=(15, 65))

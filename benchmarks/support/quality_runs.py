@@ -43,15 +43,15 @@ SMALL_CASES = (Case((0, 1, 1), 1, (3, 16, 16)),)
 @lru_cache(maxsize=1)
 def model(device: str):
     """The demo model, once a process."""
-    from liteattention.demo.wan import load_tiny_wan
+    from liteattention.benchmarks.demo_pipeline.wan import load_tiny_wan
 
     return load_tiny_wan(ROOT / "demo" / "model" / "tiny_wan_t2v.safetensors", device=torch.device(device))
 
 
 def sample(case: Case, steps: int, device: str, attend: Callable[[Tensor, Tensor, Tensor, int, int], Tensor]) -> Tensor:
     """The latent [1, 16, T, h, w] of a run on the CPU. attend: (q, k, v [B, H, N, D], layer, step) -> [B, H, N, D]."""
+    from liteattention.benchmarks.demo_pipeline.sampler import comfy_noise, euler_flow, flow_sigmas
     from liteattention.demo.pixels import empty_prompt, prompt_tokens
-    from liteattention.demo.sampler import comfy_noise, euler_flow, flow_sigmas
 
     def on_evaluation(step, sigma, latent_shape, rows):
         def attention(q, k, v, heads, layer):
@@ -94,7 +94,8 @@ def run_setting(case: Case, setting: Setting, steps: int, device: str, reference
     Skipped shares are means over all steps, the first included; errors and dropped mass over the measured ones. Per
     step means over layers, per layer means over steps.
     """
-    from liteattention.demo.pixels import decode, psnr
+    from liteattention.benchmarks.demo_pipeline.clips import psnr
+    from liteattention.demo.pixels import decode
 
     wan = model(device)
     layers = wan.config.num_layers

@@ -67,8 +67,7 @@ def environment(script: str, device: torch.device) -> dict:
             "device": device_name(device), "driver": driver_version() if device.type == "cuda" else None,
             "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
             "triton": _version("triton"), "numpy": _version("numpy"), "python": platform.python_version(),
-            "machine": platform.machine(), "threads": torch.get_num_threads(),
-            "launch": os.environ.get("LITEATTENTION_LAUNCH")}
+            "machine": platform.machine(), "threads": torch.get_num_threads()}
 
 
 def without_nan(value: object) -> object:
@@ -155,8 +154,7 @@ def plot_speedups(rows: list[dict], path: Path, title: str) -> str:
         from matplotlib import pyplot
     except ImportError:
         return "No plot: matplotlib is not installed (pip install matplotlib)."
-    timed = [r for r in rows if r.get("speedup_over_sdpa") and r["form"] in ("read", "record", "masked", "own")
-             or r.get("speedup_over_sdpa") and r["form"] == "list"]
+    timed = [r for r in rows if r.get("speedup_over_sdpa") and r["form"] != "dense"]
     shapes = sorted({(r["head_dim"], r["tokens"], r["heads"]) for r in timed}, key=lambda s: (-s[0], s[1]))
     if not shapes:
         return "No plot: nothing was timed."
@@ -165,11 +163,11 @@ def plot_speedups(rows: list[dict], path: Path, title: str) -> str:
         ideal = [s / 100 for s in range(0, 80)]
         axis.plot([100 * s for s in ideal], [1 / (1 - s) for s in ideal], "k--", linewidth=1, label="1 / (1 - s)")
         here = [r for r in timed if (r["head_dim"], r["tokens"]) == (head_dim, tokens)]
-        for name in dict.fromkeys(r["contender"] for r in here if r["form"] != "list"):
-            # A full mask is the reader's point at 0 %.
-            names = {name, name.replace("read", "list")}
+        for name in dict.fromkeys(r["contender"] for r in here if r["form"] != "unskipped"):
+            # A mask with every tile is the reader's point at 0 %.
+            names = {name, name.replace("read", "unskipped")}
             points = sorted({r["skipped"]: r["speedup_over_sdpa"] for r in here if r["contender"] in names
-                             and (r["form"] != "list" or r["skipped"] == 0)}.items())
+                             and (r["form"] != "unskipped" or r["skipped"] == 0)}.items())
             axis.plot([100 * s for s, _ in points], [x for _, x in points], marker="o", label=name)
         axis.axhline(1.0, color="grey", linewidth=0.5)
         axis.set(title=f"{tokens} tokens, {heads} heads, D = {head_dim}", xlabel="tiles skipped, %")

@@ -230,4 +230,8 @@ def metrics(compiled, said: str) -> dict:
     shared = compiled.metadata.shared
     if "cubin" not in compiled.asm:
         return amd_metrics(compiled.asm["amdgcn"], shared)
-    return nvidia_metrics(parse(disassemble(compiled.asm["cubin"]), compiled.metadata.name), said, shared)
+    try:
+        text = disassemble(compiled.asm["cubin"])
+    except subprocess.CalledProcessError:  # an architecture that the disassembler does not know
+        return {**assembler_report(said), "shared": shared}
+    return nvidia_metrics(parse(text, compiled.metadata.name), said, shared)

@@ -1,4 +1,4 @@
-"""Sol-Attn beside ours: comfy-kitchen's reference code, and which key blocks it computes."""
+"""Sol-Attn: comfy-kitchen's reference code, and which key blocks it computes."""
 
 from __future__ import annotations
 

@@ -90,11 +90,11 @@ def test_a_recorder_that_drops_tiles_gets_no_time(script, monkeypatch):
 
 def test_absent_contenders_say_why():
     present, absent = contenders(CPU, 64, torch.float32)
-    assert [c.name for c in present] == ["sdpa", "dense full", "list full", "read full", "record full"]
+    assert [c.name for c in present] == ["sdpa", "unskipped full", "read full", "record full", "default full"]
     assert set(absent) == {"sdpa cudnn", "sdpa flash", "flex", "sage", "kitchen int8", "kitchen sol",
-                           *(f"{form} int8" for form in ("dense", "list", "read", "record"))}
+                           *(f"{form} int8" for form in ("unskipped", "read", "record", "default"))}
     assert all(len(reason) > 10 for reason in absent.values())
-    assert absent["dense int8"].startswith("INT8 needs the Triton backend")
+    assert absent["default int8"].startswith("INT8 needs the Triton backend")
 
 
 def test_flex_gets_the_same_blocks():

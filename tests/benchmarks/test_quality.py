@@ -12,9 +12,9 @@ from support.quality_report import frontier, points, psnr_at, verdict
 from support.quality_runs import CASES, trace
 from support.sol import BLOCK, sol_attention, sol_routes
 
-from liteattention.demo.pixels import psnr
+from liteattention.benchmarks.demo_pipeline.clips import psnr
 from liteattention.kernels import SkipMask, lite_attention
-from liteattention.kernels.pooled import STAKE_MIN, score_variance, summarize
+from liteattention.kernels.pooled import LOST_MIN, pool_tiles, score_variance
 
 DENSE = torch.nn.functional.scaled_dot_product_attention
 
@@ -81,12 +81,12 @@ def row(case, method, level, skipped, decibel):
 
 def test_the_frontier_compares_case_by_case():
     rows = [row(c, m, s, s, x - 20 * s) for c, offset in (("a", 0), ("b", 2))
-            for m, x in (("Sol-Attn", 40 + offset), ("ours, x", 43 + offset)) for s in (0.2, 0.8)]
+            for m, x in (("Sol-Attn", 40 + offset), ("LiteAttention, x", 43 + offset)) for s in (0.2, 0.8)]
     assert psnr_at(rows, "Sol-Attn", 50) == pytest.approx(31.0)
     found = frontier(rows)
     assert [r["share"] for r in found] == list(range(20, 80, 5))
     assert all(r["lead_db"] == pytest.approx(3.0) for r in found) and "mean +3.0 dB" in verdict(found)
-    assert psnr_at(rows[:-1], "ours, x", 50) is None  # one case has a single point
+    assert psnr_at(rows[:-1], "LiteAttention, x", 50) is None  # one case has a single point
     assert len(points(rows)) == 4 and all(p["cases"] == 2 for p in points(rows))
     assert "absent" in verdict(frontier([r for r in rows if r["method"] != "Sol-Attn"]))
 
@@ -170,7 +170,8 @@ def test_simulation_at_128_is_the_real_attention(seqlen, criterion, level, pool_
     mask, keep = SkipMask.full(*q.shape[:3]), None
     for step in range(3):
         before = mask.to_bool()
-        out = lite_attention(q, k, v, mask, threshold=level, criterion=criterion, pool_skipped=pool_skipped, backend="torch")
+        out = lite_attention(q, k, v, mask, threshold=level, criterion=criterion, pool_skipped=pool_skipped,
+                             backend="torch")
         got = simulate(q, k, v, keep, setting, step % 2 == 1)
         torch.testing.assert_close(got.out, out, atol=2e-5, rtol=2e-5)
         assert got.keep.equal(mask.to_bool()) and got.skipped == pytest.approx(1 - before.float().mean().item())
@@ -197,9 +198,9 @@ def test_an_oracle_drops_the_smallest_tiles():
     assert got.skipped == pytest.approx(1 - share) and 0 < got.skipped < 1
 
 
-def test_an_oracle_by_residual_computes_what_a_stand_in_misses():
+def test_an_oracle_by_residual_computes_what_pooling_misses():
     q, k, v = inputs(seqlen=512, heads=1, scale=0.3)
-    k[..., 128:192, :] = k[..., 128:129, :]  # equal keys: the stand-in misses nothing
+    k[..., 128:192, :] = k[..., 128:129, :]  # equal keys: pooling misses nothing
     setting = Setting("x", -18.0, kind="oracle", criterion="residual", tile=64)
     keep = simulate(q, k, v, None, setting).keep[0, 0]
     away = ~keep & ~torch.eye(8, dtype=torch.bool)
@@ -225,11 +226,10 @@ def test_cubes_change_the_order_and_nothing_else():
     torch.testing.assert_close(got.dense, got.out, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["simulation", "kernel"])
-def test_refresh_opens_the_query_tiles_in_turn(kind):
+def test_refresh_opens_the_query_tiles_in_turn():
     q, k, v = inputs(seqlen=1024, scale=0.7, alike=128)
-    method = Method(Setting("x", -3.0, tile=128, kind=kind, refresh=4), (1, 1, 1024))
-    plain = Method(Setting("x", -3.0, tile=128, kind=kind), (1, 1, 1024))
+    method = Method(Setting("x", -3.0, tile=128, refresh=4), (1, 1, 1024))
+    plain = Method(Setting("x", -3.0, tile=128), (1, 1, 1024))
     for step in range(2):
         opened, usual = (m.attend(q, k, v, 0, step) for m in (method, plain))
     assert usual.skipped > opened.skipped > usual.skipped - 2 / 8 - 1e-6
@@ -261,13 +261,13 @@ def test_sol_routes_are_those_of_the_reference(seqlen, tau):
 
 @pytest.mark.parametrize("pool_skipped", [False, True])
 def test_no_token_of_a_trained_model_loses_more_than_the_budget(trained, pool_skipped):
-    """With stand-ins: of what is at stake of its attention."""
+    """With pooled keys: of the fraction that pooling loses of its attention."""
     skipped = 0
     for q, k in trained:
         stake = 1.0
         if pool_skipped:
-            variance = score_variance(q * q.shape[-1] ** -0.5, summarize(k, k).spread)
-            stake = (1 - (-variance).exp()).clamp(STAKE_MIN, 1).squeeze(-1)
+            variance = score_variance(q * q.shape[-1] ** -0.5, pool_tiles(k, k).spread)
+            stake = (1 - (-variance).exp()).clamp(LOST_MIN, 1).squeeze(-1)
         for budget in (0.05, 0.3):
             mask = SkipMask.full(*q.shape[:3])
             lite_attention(q, k, k, mask, threshold=math.log2(budget / math.ceil(q.shape[2] / 128)), criterion="mass",

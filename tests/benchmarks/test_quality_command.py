@@ -68,7 +68,7 @@ def test_the_plan_starts_with_what_is_compared():
     pairs = plan(list(CASES), settings)
     everywhere = [s for s in settings if s.everywhere]
     assert [s for _, s in pairs[:len(everywhere)]] == everywhere
-    assert {s.curve for s in everywhere} == {"Sol-Attn", "ours, tiles of 64", "ours, tiles of 128"}
+    assert {s.curve for s in everywhere} == {"Sol-Attn", "LiteAttention, tiles of 64", "LiteAttention, tiles of 128"}
     assert len(pairs) == len(settings) + 2 * len(everywhere) == len({(c, s) for c, s in pairs})
     assert [s.level for s in budgets(2304)][:3] == pytest.approx([-9.814, -8.492, -7.492], abs=1e-3)
     keys = [(c.name, s.curve, s.level) for c, s in pairs]
@@ -93,13 +93,13 @@ def test_the_page_shows_the_committed_results():
             assert table in page, f"{name} of {path.name}: python benchmarks/quality.py page --out prints it anew"
 
 
-def test_ours_is_above_sol_attn_at_every_share_in_the_committed_result():
+def test_liteattention_is_above_sol_attn_at_every_share_in_the_committed_result():
     path, = (ROOT / "benchmarks" / "results").glob("*-quality.json")
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     found = frontier(rows)
     assert [row["share"] for row in found] == list(range(20, 80, 5)) and min(row["lead_db"] for row in found) > 3
     # The README tells what the node can do: tiles of 128, and no more than its largest budget skips.
     most = 100 * min(row["skipped"] for row in rows if row["method"] == "budget 1")
-    leads = [row["ours, tiles of 128"] - row["Sol-Attn"] for row in found if row["share"] < most]
+    leads = [row["LiteAttention, tiles of 128"] - row["Sol-Attn"] for row in found if row["share"] < most]
     page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"at 20 to 45 % skipped, {min(leads):.1f} to {max(leads):.1f} dB higher" in page and len(leads) == 6

@@ -1,4 +1,4 @@
-"""Results on disk, ratios, verdicts, timing: no times are asserted."""
+"""Results on disk, ratios, timing: no times are asserted."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import pytest
 import torch
 from support.report import Report, cell, environment, plain, plot_speedups, result_name, table, without_folders
 from support.timing import Timing, interleaved
-from support.verdict import TARGETS, add_ratios, verdicts
 
 CPU = torch.device("cpu")
 
@@ -21,67 +20,33 @@ def row(contender, median_ms, sparsity=0.0, tokens=32768, head_dim=128):
     form, _, precision = contender.partition(" ")
     return {"head_dim": head_dim, "dtype": "bfloat16", "tokens": tokens, "heads": 24, "sparsity": sparsity,
             "contender": contender, "form": form, "precision": precision, "median_ms": median_ms,
-            "skipped": sparsity if form in ("read", "record") else 0.0}
+            "skipped": sparsity if form in ("read", "record", "default") else 0.0}
 
 
-def run_of(dense=1.2, listed=1.22, recorded=1.25, read57=0.55, record57=0.56, tokens=32768):
-    rows = [row("sdpa cudnn", 1.0, tokens=tokens), row("sdpa flash", 1.6, tokens=tokens),
-            row("dense full", dense, tokens=tokens), row("list full", listed, tokens=tokens),
-            row("record full", recorded, tokens=tokens)]
-    rows += [row("sdpa cudnn", 1.0, 0.57, tokens), row("list full", listed, 0.57, tokens),
-             row("read full", read57, 0.57, tokens), row("record full", record57, 0.57, tokens)]
-    add_ratios(rows)
-    return rows
+@pytest.fixture
+def rows_of_a_run(script):
+    groups = ([row("sdpa cudnn", 1.0), row("sdpa flash", 1.6), row("unskipped full", 1.22), row("record full", 1.25),
+               row("default full", 1.3)],
+              [row("sdpa cudnn", 1.0, 0.57), row("unskipped full", 1.22, 0.57), row("read full", 0.55, 0.57),
+               row("record full", 0.56, 0.57), row("default full", 0.6, 0.57)])
+    for group in groups:
+        script("attention").add_ratios(group)
+    return [*groups[0], *groups[1]]
 
 
-def verdict_of(rows, start):
-    return next(v for v in verdicts(rows) if v["figure"].startswith(start))
+def test_ratios_are_made_within_a_group(rows_of_a_run):
+    at_0, at_57 = rows_of_a_run[2:5], rows_of_a_run[6:]
+    assert at_0[0]["speedup_over_sdpa"] == pytest.approx(1 / 1.22)
+    assert at_0[1]["over_reading"] == pytest.approx(1.25 / 1.22)
+    assert [r["over_reading"] for r in at_57[2:]] == pytest.approx([0.56 / 0.55, 0.6 / 0.55])
+    assert [r["efficiency"] for r in at_57[1:]] == pytest.approx([1.22 * 0.43 / ms for ms in (0.55, 0.56, 0.6)])
+    assert "efficiency" not in at_0[0] and "over_reading" not in at_57[0]
 
 
-def test_ratios_are_made_within_a_group():
-    rows = run_of()
-    assert rows[2]["speedup_over_sdpa"] == pytest.approx(1 / 1.2)
-    assert rows[3]["over_dense_loop"] == pytest.approx(1.22 / 1.2)
-    assert rows[4]["over_reading"] == pytest.approx(1.25 / 1.22)
-    assert rows[7]["efficiency"] == pytest.approx(1.22 * 0.43 / 0.55)
-    assert rows[8]["over_reading"] == pytest.approx(0.56 / 0.55)
-    assert "efficiency" not in rows[3]
-
-
-@pytest.mark.parametrize(("change", "figure", "expected"), [
-    ({"dense": 1.2}, "dense loop", "met"), ({"dense": 1.1}, "dense loop", "aim"),
-    ({"dense": 1.4}, "dense loop", "MISSED"),
-    ({"listed": 1.201}, "list loop", "aim"), ({"listed": 1.225}, "list loop", "met"),
-    ({"listed": 1.3}, "list loop", "MISSED"),
-    ({"recorded": 1.30, "record57": 0.56}, "recording over", "MISSED"),
-    ({"recorded": 1.27, "record57": 0.56}, "recording over", "met"),
-    ({"read57": 0.55}, "speed-up over cuDNN at 57 %, reading", "met"),
-    ({"read57": 0.45}, "speed-up over cuDNN at 57 %, reading", "aim"),
-    ({"read57": 0.56}, "speed-up over cuDNN at 57 %, reading", "MISSED"),
-    ({"read57": 0.50}, "efficiency t(0)(1-s)/t(s), N >= 32k", "aim"),
-], ids=str)
-def test_verdicts(change, figure, expected):
-    assert verdict_of(run_of(**change), figure)["verdict"] == expected
-
-
-def test_the_worst_shape_decides_and_is_named():
-    rows = run_of(dense=1.1) + run_of(dense=1.5, tokens=75600)
-    found = verdict_of(rows, "dense loop")
-    assert found["measured"] == pytest.approx(1 / 1.5) and found["where"] == "N = 75600"
-
-
-def test_short_sequences_and_other_head_sizes_do_not_count_where_targets_do_not_speak_of_them():
-    assert verdict_of(run_of(dense=9.0, tokens=8192), "dense loop")["verdict"] == "not measured"
-    assert verdict_of(run_of(tokens=8192), "efficiency t(0)(1-s)/t(s), N = 8k")["measured"]
-    rows = [{**r, "head_dim": 64} for r in run_of()]
-    assert {v["verdict"] for v in verdicts(rows)} == {"not measured"} and len(verdicts(rows)) == len(TARGETS)
-
-
-def test_a_row_without_a_time_takes_no_part():
-    rows = run_of()
-    rows[0].update(median_ms=None, problem="wrong output")
-    add_ratios(rows)
-    assert verdict_of(rows, "dense loop")["verdict"] == "not measured"
+def test_a_row_without_a_time_takes_no_part(script):
+    rows = [{**row("sdpa cudnn", None), "problem": "wrong output"}, row("unskipped full", 1.22), row("read full", 1.2)]
+    script("attention").add_ratios(rows)
+    assert rows[1]["speedup_over_sdpa"] is None and "efficiency" not in rows[2]
 
 
 def test_results_are_whole_after_every_row_and_can_be_resumed(tmp_path):
@@ -119,8 +84,8 @@ def test_tables_line_up():
     assert cell(1.5e-4) == "1.5e-04" and cell(0.0) == "0.000" and cell(7) == "7"
 
 
-def test_a_plot_or_one_line_how_to_get_it(tmp_path):
-    said = plot_speedups(run_of(), tmp_path / "x.png", "a GPU")
+def test_a_plot_or_one_line_how_to_get_it(tmp_path, rows_of_a_run):
+    said = plot_speedups(rows_of_a_run, tmp_path / "x.png", "a GPU")
     assert "\n" not in said
     assert (tmp_path / "x.png").is_file() if said == "Plot: x.png" else "matplotlib" in said
 
@@ -150,11 +115,11 @@ def test_a_killed_run_leaves_its_rows(tmp_path, script):
     child = subprocess.Popen([sys.executable, script("attention").__file__, "--device", "cpu", "--tokens", "300",
                               "--budget", "60", "--json", str(path)], stdout=subprocess.PIPE, text=True)
     for line in child.stdout:
-        if line.startswith("record full"):  # the first group is on the screen
+        if line.startswith("default full"):  # the first group is on the screen
             break
     child.send_signal(signal.SIGKILL)
     child.communicate()
     held = json.loads(path.read_text(encoding="utf-8"))
     assert held["finished"] is False and held["running"] and str(tmp_path) not in path.read_text(encoding="utf-8")
-    assert {"sdpa", "dense full", "list full", "record full"} <= {r["contender"] for r in held["rows"]}
+    assert {"sdpa", "unskipped full", "record full", "default full"} <= {r["contender"] for r in held["rows"]}
     assert all(r["median_ms"] > 0 for r in held["rows"])

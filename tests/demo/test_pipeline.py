@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from liteattention.demo.pixels import decode, empty_prompt, from_comfy_latent, prompt_tokens, psnr, side_by_side
-from liteattention.demo.sampler import comfy_noise, euler_flow, flow_sigmas
-from liteattention.demo.wan import TinyWan, WanConfig, dense_attention, load_tiny_wan
+from liteattention.benchmarks.demo_pipeline.clips import psnr, side_by_side
+from liteattention.benchmarks.demo_pipeline.sampler import comfy_noise, euler_flow, flow_sigmas
+from liteattention.benchmarks.demo_pipeline.wan import TinyWan, WanConfig, dense_attention, load_tiny_wan
+from liteattention.demo.pixels import decode, empty_prompt, from_comfy_latent, prompt_tokens
 
 SHAPE = (1, 16, 5, 16, 16)
 """The smallest size the model is trained at."""

@@ -43,13 +43,13 @@ def kit(model_folder):
 
 
 @pytest.fixture
-def sessions(monkeypatch):
-    """Every session that the patched models open, in order, each with a snapshot of its masks taken at its end."""
-    from liteattention.runtime import Session
+def runs(monkeypatch):
+    """Every run that the patched models open, in order, each with a snapshot of its masks taken at its end."""
+    from liteattention.runtime import SamplingRun
 
     opened = []
 
-    class Watched(Session):
+    class Watched(SamplingRun):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.passes, self.bits = {}, {}
@@ -62,5 +62,5 @@ def sessions(monkeypatch):
                     self.bits[key, row] = mask.to_bool().clone()
             return super().close()
 
-    monkeypatch.setattr(sys.modules["liteattention.host.attach"], "Session", Watched)
+    monkeypatch.setattr(sys.modules["liteattention.host.attach"], "SamplingRun", Watched)
     return opened

@@ -11,60 +11,55 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
+from host_kit import dense_calls
 
 from liteattention.host import attach, families
 from liteattention.kernels import TILE, tiles
-from liteattention.runtime import LiteAttentionConfig, RunHandle, policy
+from liteattention.runtime import LiteAttentionConfig, RunHandle, Threshold, reasons
 
 STEPS = 3
 MIN_TOKENS = 128
-NO_LAYER, CROSS, NOT_VIDEO = policy.NO_LAYER, policy.CROSS_ATTENTION, policy.NOT_VIDEO
+NO_LAYER, CROSS, NOT_VIDEO = (
+    reason.text for reason in (reasons.NO_LAYER, reasons.CROSS_ATTENTION, reasons.NOT_VIDEO))
 MASKED = "attention mask given"
 TOO_SHORT = f"fewer than {MIN_TOKENS} tokens"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model and what its attention calls have to come to.
+    """A tiny model and how its attention calls have to come out.
 
     Attributes:
-        family: name of the family.
+        name: family, and what is special here.
         network: "module:class" of the diffusion model in ComfyUI.
         config: the network's arguments; its random state dict is what ComfyUI detects and loads.
         latent: [C, T, H, W] or [C, H, W], or several.
-        text: [tokens, width] of the conditioning, and `conditions(generator)` its other entries.
-        width: heads x head_dim.
+        text: [tokens, width] of the conditioning.
         video: tokens of the latent in a sequence.
-        layers: the attention sites that are taken: (name, ordinal).
-        left: calls that are left in one evaluation, by reason.
-        front: tokens before the video, where the sequence is longer; None: all that are not behind it.
-        behind: tokens after the video; None: all that are not before it. Both None: the sequence is the video.
-        sizes: what replaces fixed sizes in the configuration that ComfyUI detects.
-        what: what the case covers, for the table.
+        layers: the sparse attention sites: (block, ordinal).
+        dense: dense calls of one forward pass, by reason.
+        before, after: tokens before and after the video; one of the two says that the sequence may be longer.
+        conditions: generator -> the conditioning's other entries.
+        resized: whether `config` replaces sizes that ComfyUI's detection has fixed.
+        cfg: 1 where a network cannot compute two conditionings at once.
     """
 
-    family: str
+    name: str
     network: str
     config: dict
     latent: tuple
     text: tuple[int, int]
-    width: int
     video: int
     layers: set
-    left: dict = field(default_factory=dict)
-    front: int | None = None
-    behind: int | None = None
+    dense: dict = field(default_factory=dict)
+    before: int | None = None
+    after: int | None = None
     conditions: Callable = lambda generator: {}
-    sizes: dict = field(default_factory=dict)
-    metadata: dict | None = None
-    edit: Callable = lambda state: None
-    options: dict = field(default_factory=dict)
+    resized: bool = False
     cfg: float = 2.0
-    tolerance: float = 1e-3
-    what: str = ""
 
     def __str__(self):
-        return self.what or self.family
+        return self.name
 
 
 def names(kind, count, ordinals=1):
@@ -102,8 +97,9 @@ Q_AND_K = (("q", "k"), ("to_q", "to_k"), ("to_q_t", "to_k_t"), ("q_proj", "k_pro
 FUSED = ("qkv", "linear1", "qkv_x", "qkv_y", "qkv_proj")
 
 
-def align(state, width):
-    """Make keys what the queries are, so that each token attends to itself most and other tiles can go."""
+def align(state, config):
+    """Set keys to the queries, so that each token attends to itself most and other tiles can be skipped."""
+    width = config.get("dim", 128)  # heads x head_dim
     for name, tensor in list(state.items()):
         parts = name.split(".")
         for q, k in Q_AND_K:
@@ -118,18 +114,14 @@ def align(state, width):
 def load(case):
     """The case's model, as ComfyUI detects and loads it."""
     state = random_state(network(case.network), case.config)
-    align(state, case.width)
-    case.edit(state)
+    align(state, case.config)
     detect = comfy.model_detection.detect_unet_config
     with pytest.MonkeyPatch.context() as patch:
-        if case.sizes:
+        if case.resized:
             patch.setattr(comfy.model_detection, "detect_unet_config",
-                          lambda *args, **kwargs: {**detect(*args, **kwargs), **case.sizes})
-        keywords = {} if case.metadata is None else {"metadata": case.metadata}
-        model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32}, **keywords)
-    module = model.model.diffusion_model
-    assert type(module).__name__ == case.network.split(":")[1], "ComfyUI takes it for another model"
-    model.model_options["transformer_options"].update(case.options)
+                          lambda *args, **kwargs: {**detect(*args, **kwargs), **case.config})
+        model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
+    assert type(model.model.diffusion_model).__name__ == case.network.split(":")[1], "ComfyUI detects another model"
     return model
 
 
@@ -155,71 +147,76 @@ def sample(case, model, steps=STEPS):
 
 
 def run(case, model, threshold, handle=None):
-    config = LiteAttentionConfig(threshold=threshold, min_tokens=MIN_TOKENS, warmup_steps=1)
+    config = LiteAttentionConfig(rule=Threshold(threshold), min_tokens=MIN_TOKENS, warmup_steps=1)
     return sample(case, attach(model, config, handle=handle or RunHandle()))
 
 
 def spied_calls(monkeypatch):
     """A list that gets (tokens, must-keep ranges) of every call of the kernel."""
     calls = []
-    module = sys.modules["liteattention.runtime.evaluation"]
+    module = sys.modules["liteattention.runtime.compute"]
     original = module.lite_attention
 
-    def spied(q, k, v, masks, *, heads, must_keep, **kwargs):
-        seqlen = q.shape[-2]
-        calls.append((seqlen, must_keep))
-        return original(q, k, v, masks, heads=heads, must_keep=must_keep, **kwargs)
+    def spied(q, k, v, masks, *, must_keep, **kwargs):
+        calls.append((q.shape[-2], must_keep))
+        return original(q, k, v, masks, must_keep=must_keep, **kwargs)
 
     monkeypatch.setattr(module, "lite_attention", spied)
     return calls
 
 
 def kept_ranges(case, seqlen):
-    """Token ranges that are not the video's, by the case."""
+    """Token ranges beside the video's, by the case."""
     extra = seqlen - case.video
-    if case.front is None and case.behind is None:
+    if case.before is None and case.after is None:
         assert extra == 0
-    front = case.front if case.front is not None else extra - (case.behind or 0)
-    front = min(front, extra)
-    return tuple((a, b) for a, b in ((0, front), (seqlen - (extra - front), seqlen)) if a < b)
+    before = case.before if case.before is not None else extra - (case.after or 0)
+    before = min(before, extra)
+    return tuple((a, b) for a, b in ((0, before), (seqlen - (extra - before), seqlen)) if a < b)
 
 
-def check(case, sessions, monkeypatch):
-    """Layers, calls that are left, text that stays, and the result, for one tiny model."""
+def sites(run):
+    return {(key.block, key.ordinal) for key, _ in run.passes}
+
+
+def close(out, expected):
+    """Equal within rounding, next to the expected values' range."""
+    return (out - expected).abs().max() < 1e-3 * max(1.0, expected.abs().max().item())
+
+
+def check(case, runs, monkeypatch):
+    """Sparse layers, dense calls, must-keep text, and the result, for one tiny model."""
     model = load(case)
-    family = families.of(model.model.diffusion_model)
-    assert family is not None and family.name == case.family
+    assert families.of(model.model.diffusion_model) is not None
     plain = sample(case, model)
     assert torch.isfinite(plain).all() and plain.std() > 0
 
     calls, handle = spied_calls(monkeypatch), RunHandle()
-    dense = run(case, model, -30.0, handle)
-    session, receipt = sessions[-1], handle.receipt
-    assert not session.failed and not (case.layers and receipt.notes)
-    assert receipt.left == {reason: count * receipt.evaluations for reason, count in case.left.items()}
-    assert {(key.name, key.ordinal) for key, _ in session.passes} == case.layers
-    assert all(passes == STEPS for passes in session.passes.values()), "a mask per layer and row, a pass per evaluation"
-    assert receipt.taken == len(case.layers) * receipt.evaluations
+    every_tile = run(case, model, -30.0, handle)
+    summary = handle.summary
+    assert not runs[-1].sparse.failed and not (case.layers and summary.notes)
+    assert dense_calls(summary) == {reason: count * summary.forward_passes for reason, count in case.dense.items()}
+    assert sites(runs[-1]) == case.layers
+    assert all(passes == STEPS for passes in runs[-1].passes.values()), "a mask per layer and row, a pass per step"
+    assert summary.sparse_calls == len(case.layers) * summary.forward_passes
     for seqlen, must_keep in calls:
         ranges = kept_ranges(case, seqlen)
         assert (must_keep.keys if must_keep else ()) == ranges == (must_keep.queries if must_keep else ())
-    assert (dense - plain).abs().max() < case.tolerance * max(1.0, plain.abs().max().item())
+    assert close(every_tile, plain)
     if not case.layers:
         return
 
     handle = RunHandle()
     sparse = run(case, model, 0.0, handle)
-    assert torch.isfinite(sparse).all() and handle.receipt.skipped > 0
+    assert torch.isfinite(sparse).all() and handle.summary.skipped > 0
     for seqlen in {seqlen for seqlen, _ in calls}:
         kept = {tile for start, stop in kept_ranges(case, seqlen) for tile in range(start // TILE, -(-stop // TILE))}
-        masks = [bits for bits in sessions[-1].bits.values() if bits.shape[-1] == tiles(seqlen)]
+        masks = [bits for bits in runs[-1].bits.values() if bits.shape[-1] == tiles(seqlen)]
         assert masks
         for bits in masks:
             for tile in kept:
                 assert bits[..., tile].all() and bits[..., tile, :].all(), "text keys and queries stay"
-    assert not any(bits.all() for bits in sessions[-1].bits.values()), "every layer skips something"
+    assert not any(bits.all() for bits in runs[-1].bits.values()), "every layer skips something"
     replaced = model.model_options["transformer_options"].get("patches_replace", {})
     assert not replaced.get("dit") and not any(
-        block._forward_pre_hooks for block in model.model.diffusion_model.modules()), "nothing of ours stays"
-    return model
-
+        block._forward_pre_hooks for block in model.model.diffusion_model.modules()), "nothing stays on the model"

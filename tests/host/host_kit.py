@@ -7,7 +7,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 from liteattention.demo.pixels import empty_prompt, prompt_tokens
 from liteattention.host import attach
-from liteattention.runtime import LiteAttentionConfig, RunHandle
+from liteattention.runtime import LiteAttentionConfig, RunHandle, Threshold
 
 LAYERS = 5
 SIZE = (7, 20, 20)
@@ -24,7 +24,7 @@ class Kit:
 
     def lite(self, model=None, handle=None, node_id=None, continue_from=None, **settings):
         """The model with LiteAttention at a threshold where this model drops tiles."""
-        config = LiteAttentionConfig(**{"threshold": -1.0, "min_tokens": 128, "warmup_steps": 1, **settings})
+        config = LiteAttentionConfig(**{"rule": Threshold(-1.0), "min_tokens": 128, "warmup_steps": 1, **settings})
         return attach(model or self.model, config, node_id=node_id, handle=handle or RunHandle(),
                       continue_from=continue_from)
 
@@ -40,7 +40,7 @@ class Kit:
                 positive or self.positive, negative or self.negative, latent, seed=seed, disable_pbar=True, **kwargs)
 
     def watched(self, model):
-        """(clone with a counting override below ours, list that gets one entry per attention call)."""
+        """(clone with a counting attention override, list that gets one entry per attention call)."""
         calls = []
 
         def counting(func, *args, **kwargs):
@@ -52,8 +52,13 @@ class Kit:
         return clone, calls
 
 
+def dense_calls(summary):
+    """The dense calls of a run by the text of their reason."""
+    return {reason.text: count for reason, count in summary.dense_calls.items()}
+
+
 def count_backend_calls(monkeypatch):
-    """Every call of ComfyUI's attention from Wan's layers, taken or left, counted at its door."""
+    """Every attention call of Wan's layers, sparse or dense, counted where it is made."""
     import comfy.ldm.wan.model as wan
 
     calls = []

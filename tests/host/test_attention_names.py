@@ -30,13 +30,13 @@ def test_objects_without_a_name_have_the_name_of_their_class():
     assert compat.attention_name(Patch()).startswith("Patch")
 
 
-def test_the_receipt_names_what_computes_the_rest(kit):
+def test_the_summary_names_the_fallback_attention(kit):
     handle = RunHandle()
     kit.sample(kit.lite(handle=handle))
-    own = handle.receipt.previous
-    assert own in compat._NAMES.values() and f"(by {own})" in handle.receipt.text()
+    own = handle.summary.fallback
+    assert own in compat._NAMES.values() and f"(dense by {own})" in handle.summary.text()
     kit.sample(kit.lite(kit.watched(kit.model)[0], handle=handle))
-    assert handle.receipt.previous.startswith("counting of ")
+    assert handle.summary.fallback.startswith("counting of ")
 
 
 def test_the_backend_that_core_has_set_is_named_by_what_was_chosen(kit):
@@ -45,10 +45,10 @@ def test_the_backend_that_core_has_set_is_named_by_what_was_chosen(kit):
         pytest.skip("this ComfyUI has no Model Attention Backend")
     handle = RunHandle()
     kit.sample(kit.lite(nodes.ModelAttentionBackend().patch(kit.model, "pytorch attention")[0], handle=handle))
-    assert handle.receipt.previous == "PyTorch's attention"
+    assert handle.summary.fallback == "PyTorch's attention"
 
 
-def test_every_attention_of_comfyui_has_a_name_for_people():
+def test_every_attention_of_comfyui_has_a_display_name():
     own = {name for name in vars(attention) if name.startswith(("attention_", "attention3_"))
            and callable(getattr(attention, name)) and name not in ("attention_basic", "attention_unavailable")}
     assert own <= set(compat._NAMES), own - set(compat._NAMES)
@@ -66,11 +66,11 @@ def test_a_faster_dense_attention_is_named_only_where_it_is_there_and_not_in_use
     assert not compat.faster_dense(None, GPU)
 
 
-def test_the_receipt_on_the_node_has_a_line_for_each_thing(kit, monkeypatch):
+def test_the_summary_on_the_node_has_a_line_for_each_thing(kit, monkeypatch):
     from liteattention.host import progress
 
     texts, handle = [], RunHandle()
     monkeypatch.setattr(progress, "show", lambda text, node_id: texts.append(text))
     kit.sample(kit.lite(handle=handle, node_id="1"))
-    assert texts[-1] == ";\n".join(handle.receipt.lines()) and texts[-1].startswith("skipped ")
-    assert "\n" not in handle.receipt.text() and texts[-1].replace("\n", " ") == handle.receipt.text()
+    assert texts[-1] == ";\n".join(handle.summary.lines()) and texts[-1].startswith("on: ")
+    assert "\n" not in handle.summary.text() and texts[-1].replace("\n", " ") == handle.summary.text()

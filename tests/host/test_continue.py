@@ -10,9 +10,9 @@ import pytest
 import torch
 from host_kit import LAYERS
 
-from liteattention.host import continues
-from liteattention.nodes.apply import LiteAttention
-from liteattention.runtime import RunHandle, kept
+from liteattention.runtime import RunHandle
+from liteattention.runtime import run as run_module
+from liteattention.runtime.masks import NO_MATCH
 
 
 def split(kit, first, second, steps=8, half=4, cfg=(2.0, 2.0), size=None):
@@ -35,68 +35,67 @@ def linked(kit, **settings):
     return first, kit.lite(handle=handles[1], continue_from=handles[0], **settings), handles
 
 
-def test_the_second_half_skips_from_its_first_step(kit, sessions):
+def test_the_second_half_skips_from_its_first_step(kit, runs):
     handles = RunHandle(), RunHandle()
     apart = split(kit, kit.lite(handle=handles[0]), kit.lite(handle=handles[1]))
-    unlinked = [handle.receipt for handle in handles]
+    unlinked = [handle.summary for handle in handles]
     first, second, handles = linked(kit)
     out = split(kit, first, second)
-    before, after = (handle.receipt for handle in handles)
+    before, after = (handle.summary for handle in handles)
     assert before.skipped_per_step == unlinked[0].skipped_per_step, "the first run is what it would be alone"
     assert unlinked[1].skipped_per_step[0] == 0 < before.skipped_per_step[-1] <= after.skipped_per_step[0]
-    assert before.kept_bytes > 0 == unlinked[0].kept_bytes and not after.notes
-    assert after.taken == 4 * LAYERS and "continue the run before" in after.text()
-    assert set(sessions[-1].passes.values()) == {8} and len(sessions[-1].passes) == 2 * LAYERS
+    assert before.carried_bytes > 0 and not after.notes
+    assert after.sparse_calls == 4 * LAYERS and "with the masks of the run before" in after.text()
+    assert set(runs[-1].passes.values()) == {8} and len(runs[-1].passes) == 2 * LAYERS
     assert torch.isfinite(out).all() and not torch.equal(out, apart)
 
 
 def test_two_and_two_steps_skip_in_all_but_the_first(kit):
     first, second, handles = linked(kit)
     split(kit, first, second, 4, 2)
-    shares = [share for handle in handles for share in handle.receipt.skipped_per_step]
+    shares = [share for handle in handles for share in handle.summary.skipped_per_step]
     assert shares[0] == 0 and all(share > 0 for share in shares[1:]) and len(shares) == 4
 
 
-def test_a_run_of_its_own_is_what_it_was(kit):
-    """A handle that nothing continues, and one whose masks nobody takes, change no bit of a run."""
+def test_a_handle_that_nothing_reads_changes_no_bit_of_a_run(kit):
     alone = kit.sample(kit.lite())
     handle = RunHandle()
-    handle.wanted = True
-    assert torch.equal(kit.sample(kit.lite(handle=handle)), alone) and handle.kept_bytes > 0
+    assert torch.equal(kit.sample(kit.lite(handle=handle)), alone) and handle.masks.nbytes > 0
 
 
-def test_two_networks_with_the_same_layers(kit, model_folder, sessions):
+def test_two_networks_with_the_same_layers(kit, model_folder, runs):
     """Wan 2.2: another network with the same layers; here the same file, loaded a second time."""
     from host_kit import Kit
 
     other = Kit(model_folder)
     handles = RunHandle(), RunHandle()
     split(kit, kit.lite(handle=handles[0]), other.lite(handle=handles[1], continue_from=handles[0]))
-    models = [{key.model for key, _ in s.passes} for s in sessions]
-    assert models[0].isdisjoint(models[1]) and handles[1].receipt.skipped_per_step[0] > 0
-    assert set(sessions[1].passes.values()) == {8}
+    models = [{key.model for key, _ in s.passes} for s in runs]
+    assert models[0].isdisjoint(models[1]) and handles[1].summary.skipped_per_step[0] > 0
+    assert set(runs[1].passes.values()) == {8}
 
 
-def test_memory_is_free_after_the_second_run_and_with_the_handle(kit):
+def test_masks_stay_in_main_memory_until_the_next_run_of_their_node_and_no_longer_than_the_handle(kit):
     first, second, handles = linked(kit)
     kit.sample(first)
-    words = [weakref.ref(k.mask.words) for entries in handles[0]._kept._kept.values() for k in entries]
+    words = [weakref.ref(carried.mask.words) for carried in handles[0].masks]
     assert len(words) == 2 * LAYERS and all(w().device.type == "cpu" for w in words)
     kit.sample(second)
     gc.collect()
-    assert all(w() is None for w in words) and handles[0].kept_bytes == handles[1].kept_bytes == 0
-
-    first, _, handles = linked(kit)
+    assert all(w() is not None for w in words), "a report, or the second sampler once more, may still read them"
     kit.sample(first)
-    words = [weakref.ref(k.mask.words) for entries in handles[0]._kept._kept.values() for k in entries]
-    del handles, first, _
+    gc.collect()
+    assert all(w() is None for w in words) and handles[0].masks.nbytes > 0
+
+    words = [weakref.ref(carried.mask.words) for carried in handles[0].masks]
+    del handles, first, second
     gc.collect()
     assert all(w() is None for w in words), "nothing else holds them"
 
 
 @pytest.mark.parametrize("cut", ["interrupt", "kernel"])
 def test_a_first_run_that_fails_leaves_nothing_to_continue(kit, monkeypatch, cut):
-    from liteattention.runtime import evaluation
+    from liteattention.runtime import compute
 
     first, second, handles = linked(kit)
 
@@ -111,12 +110,12 @@ def test_a_first_run_that_fails_leaves_nothing_to_continue(kit, monkeypatch, cut
             kit.sample(first, callback=interrupt)
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(evaluation, "lite_attention", failing)
+            patch.setattr(compute, "lite_attention", failing)
             kit.sample(first)
     alone = kit.sample(kit.lite())
     assert torch.equal(kit.sample(second), alone), "a run of its own"
-    reason = kept.NOT_FINISHED if cut == "interrupt" else kept.LOST
-    assert f"starting fresh: {reason}" in handles[1].receipt.text()
+    reason = run_module.NOT_FINISHED if cut == "interrupt" else run_module.LOST
+    assert f"continue_from: {reason}; the masks start anew" in handles[1].summary.text()
 
 
 def test_another_resolution_starts_fresh_with_a_note(kit):
@@ -125,90 +124,47 @@ def test_another_resolution_starts_fresh_with_a_note(kit):
     size = (5, 20, 20)
     alone = kit.sample(kit.lite(), size=size)
     assert torch.equal(kit.sample(second, size=size), alone)
-    note, = handles[1].receipt.notes
-    assert "700 tokens" in note and "500 tokens" in note and "starting fresh" in note
+    note, = handles[1].summary.notes
+    assert "700 tokens" in note and "500 tokens" in note and note.startswith(f"{LAYERS} layers: ")
 
 
-def test_a_prompt_that_the_first_run_did_not_have_warms_up(kit, sessions):
+def test_a_prompt_that_the_first_run_did_not_have_warms_up(kit, runs):
     first, second, handles = linked(kit)
     out = split(kit, first, second, cfg=(1.0, 2.0))
-    ages = {row: {age for (_, r), age in sessions[1].passes.items() if r == row} for _, row in sessions[1].passes}
+    ages = {row: {age for (_, r), age in runs[1].passes.items() if r == row} for _, row in runs[1].passes}
     assert sorted(ages.values(), key=min) == [{4}, {8}] and torch.isfinite(out).all()
-    assert handles[1].receipt.skipped_per_step[0] > 0 and kept.NO_MATCH in handles[1].receipt.text()
+    assert handles[1].summary.skipped_per_step[0] > 0 and NO_MATCH in handles[1].summary.text()
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server that executes a prompt: `server(identity, graph)`."""
-    def executing(identity, graph):
-        queue = types.SimpleNamespace(currently_running={0: (0, identity, graph, {}, [])})
-        instance = types.SimpleNamespace(prompt_queue=queue, send_progress_text=lambda *args: None)
+    """A server that executes a prompt: `server(identity)`."""
+    def executing(identity):
+        instance = types.SimpleNamespace(last_prompt_id=identity, send_progress_text=lambda *args: None)
         monkeypatch.setitem(sys.modules, "server",
                             types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=instance)))
     return executing
 
 
-GRAPH = {"1": {"class_type": "LiteAttention", "inputs": {"model": ["9", 0], "threshold": -10}},
-         "2": {"class_type": "LiteAttention", "inputs": {"model": ["9", 0], "continue_from": ["1", 1]}}}
+def test_a_first_sampler_out_of_the_cache_is_continued_again(kit, server):
+    """Something changes behind the first sampler only: ComfyUI does not run it anew, and its masks are there."""
+    first, second, handles = linked(kit)
+    server("one")
+    kit.sample(first)
+    once = kit.sample(second)
+    server("two")
+    assert torch.equal(kit.sample(second), once)
+    assert handles[1].summary.skipped_per_step[0] > 0 and not handles[1].summary.notes
 
 
-def unlinked():
-    return {"1": GRAPH["1"], "2": {"class_type": "LiteAttention", "inputs": {"model": ["1", 0]}}}
-
-
-def test_a_first_run_out_of_the_cache_is_no_run_of_this_prompt(kit, server):
-    handle, receipts = RunHandle(), RunHandle()
-    first = kit.lite(handle=handle, node_id="1")
-    second = kit.lite(handle=receipts, node_id="2", continue_from=handle)
-    server("one", GRAPH)
+def test_of_several_runs_of_a_node_in_one_prompt_none_is_continued(kit, server):
+    first, second, handles = linked(kit)
+    alone = kit.sample(kit.lite())
+    server("one")
+    kit.sample(first)
+    kit.sample(first, seed=2)
+    assert torch.equal(kit.sample(second), alone) and run_module.SEVERAL in handles[1].summary.text()
+    server("two")
     kit.sample(first)
     kit.sample(second)
-    assert receipts.receipt.skipped_per_step[0] > 0 and not receipts.receipt.notes
-    server("two", GRAPH)  # ComfyUI answers the first sampler from its cache
-    alone = kit.sample(kit.lite())
-    assert torch.equal(kit.sample(second), alone) and receipts.receipt.notes == [f"starting fresh: {kept.NO_RUN}"]
-    kit.sample(first)
-    server("three", GRAPH)  # the second sampler of prompt two did not run
-    assert handle.kept_bytes > 0 and torch.equal(kit.sample(second), alone) and handle.kept_bytes == 0
-
-
-def test_the_graph_of_this_very_prompt_decides_what_is_kept(kit, server):
-    """A node from the cache has last run in another graph."""
-    handle = RunHandle()
-    first = kit.lite(handle=handle, node_id="1")
-    server("one", unlinked())
-    kit.sample(first)
-    assert handle.kept_bytes == 0
-    server("two", GRAPH)
-    kit.sample(first)
-    assert handle.kept_bytes > 0
-    handle.wanted = True
-    server("three", unlinked())
-    kit.sample(first)
-    assert handle.kept_bytes == 0
-
-
-def test_without_a_server_the_node_says_what_it_saw(kit, monkeypatch):
-    for graph, wanted in ((GRAPH, True), (unlinked(), False), (None, False)):
-        hidden = types.SimpleNamespace(unique_id="1", prompt=graph)
-        monkeypatch.setattr(LiteAttention, "hidden", hidden)
-        model, handle = LiteAttention.execute(kit.model, -1.0, 1, min_tokens=128).args
-        assert handle.wanted is wanted
-    _, other = LiteAttention.execute(kit.model, -1.0, 1, min_tokens=128, continue_from=handle).args
-    assert handle.wanted and not other.wanted
-
-
-@pytest.mark.parametrize("graph, expected", [
-    (GRAPH, True),
-    (unlinked(), False),
-    (None, None),
-    ({"5": {"inputs": {}}}, None),
-    # A switch in between, and one that leads elsewhere.
-    ({**unlinked(), "3": {"inputs": {"any": ["1", 1]}}, "4": {"inputs": {"continue_from": ["3", 0]}}}, True),
-    ({**unlinked(), "3": {"inputs": {"any": ["1", 1]}}, "4": {"inputs": {"text": ["3", 0]}}}, False),
-    # The model output of the first node reaches the second by way of a run that is another node's.
-    ({"1": {"inputs": {}}, "3": {"inputs": {"model": ["1", 0]}}, "4": {"inputs": {"continue_from": ["3", 1]}}}, False),
-    ({"1": {"inputs": {"values": [1, 2], "odd": [["1", 1], 1]}}}, False),
-], ids=["linked", "unlinked", "no graph", "not in it", "switch", "elsewhere", "another's run", "lists"])
-def test_who_continues_a_run(graph, expected):
-    assert continues(graph, "1") is expected
+    assert handles[1].summary.skipped_per_step[0] > 0, "the next prompt is another matter"

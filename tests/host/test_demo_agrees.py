@@ -4,9 +4,9 @@ import pytest
 import torch
 from host_kit import LAYERS
 
+from liteattention.benchmarks.demo_pipeline.sampler import comfy_noise, euler_flow, flow_sigmas
+from liteattention.benchmarks.demo_pipeline.wan import dense_attention, load_tiny_wan
 from liteattention.demo.pixels import empty_prompt, from_comfy_latent, prompt_tokens
-from liteattention.demo.sampler import comfy_noise, euler_flow, flow_sigmas
-from liteattention.demo.wan import dense_attention, load_tiny_wan
 
 SIZE = (5, 16, 16)
 SHAPE = (1, 16, *SIZE)

@@ -1,98 +1,90 @@
-"""Other transformers than plain Wan: tokens beside the video's, two stacks of blocks, no block numbers."""
+"""The model families, each on a tiny instance; and models without a row in the table."""
 
-import sys
+import re
+import weakref
+from pathlib import Path
 
-import comfy.model_patcher
 import comfy.sd
-import comfy.supported_models
 import pytest
 import torch
-from host_kit import LAYERS
+from family_cases import CASES, case
+from family_kit import MIN_TOKENS, NO_LAYER, STEPS, check, load, run, sample
+from host_kit import LAYERS, dense_calls
 from safetensors.torch import load_file, save_file
 
-from liteattention.runtime import RunHandle
+from liteattention.host import attach, families
+from liteattention.runtime import LiteAttentionConfig, RunHandle, Threshold
 
-SIZE = (5, 16, 16)
-VIDEO, TEXT = 320, 200
-"""Tokens."""
-
-
-def random_model(family, **unet_config):
-    """A small random transformer of a family that ComfyUI supports, on the CPU in float32."""
-    config = family({**unet_config, "dtype": torch.float32})
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "", device="cpu").eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.diffusion_model.parameters():
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else None
-            scale = 0.02 if fan_in is None else fan_in ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
-@pytest.fixture(scope="module")
-def hunyuan():
-    return random_model(
-        comfy.supported_models.HunyuanVideo, image_model="hunyuan_video", in_channels=16, out_channels=16,
-        vec_in_dim=32, context_in_dim=64, hidden_size=128, mlp_ratio=2.0, num_heads=2, depth=2,
-        depth_single_blocks=3, axes_dim=[16, 24, 24], theta=256, patch_size=[1, 2, 2], qkv_bias=True,
-        guidance_embed=True, byt5=False, meanflow=False, use_cond_type_embedding=False, vision_in_dim=None,
-        meanflow_sum=False)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_family(case, runs, monkeypatch):
+    check(case, runs, monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def ltxv():
-    return random_model(
-        comfy.supported_models.LTXV, image_model="ltxv", in_channels=16, out_channels=16, cross_attention_dim=128,
-        attention_head_dim=64, num_attention_heads=2, caption_channels=64, num_layers=2)
+def test_every_network_of_the_table_has_a_case_and_a_row_in_the_docs():
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    documented = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[2])]
+    assert sorted(documented) == sorted(families.FAMILIES)
+    assert {case.network.split(":")[1] for case in CASES} == set(families.FAMILIES)
 
 
-def words(tokens, width=64, seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(1, tokens, width, generator=generator), options]]
+@pytest.mark.parametrize("entry", [True, False], ids=["takes containers", "takes tensors"])
+def test_the_fallback_attention_of_a_dense_call_gets_its_containers(entry):
+    """It can free q before it allocates anything: nobody else holds it."""
+    minimax = case("MiniMax H3")
+    model = load(minimax)
+    plain = sample(minimax, model)
+    freed = []
 
+    def fallback(func, q, k, v, heads, **kwargs):
+        return func(q, k, v, heads, **kwargs)
 
-def test_two_stacks_of_blocks_and_text_in_one_sequence(kit, hunyuan, sessions):
-    """Both stacks of HunyuanVideo count from 0; its text refiner attends before any block, without a number."""
+    def containers(q, k, v, heads, **kwargs):
+        tensor = q.take()
+        alive, copy = weakref.ref(tensor), tensor.clone()
+        del tensor
+        freed.append(alive() is None)
+        import comfy.ldm.modules.attention as attention
+
+        return attention.optimized_attention(copy, k.take(), v.take(), heads, **kwargs)
+
+    if entry:
+        fallback.container_function = containers
+    model.model_options["transformer_options"]["optimized_attention_override"] = fallback
     handle = RunHandle()
-    texts = [words(TEXT, seed=i, pooled_output=torch.randn(1, 32)) for i in range(2)]
-    given = {"positive": texts[0], "negative": texts[1], "size": SIZE}
-    out = kit.sample(kit.lite(hunyuan, handle, threshold=-30.0), **given)
-    assert torch.isfinite(out).all()
-    assert (out - kit.sample(hunyuan, **given)).abs().max() < 1e-3
-    names = {key.name for key, _ in sessions[0].passes}
-    assert names == {f"double {i}" for i in range(2)} | {f"single {i}" for i in range(3)}
-    assert {key.ordinal for key, _ in sessions[0].passes} == {0}
-    assert set(sessions[0].passes.values()) == {4}
-    receipt = handle.receipt
-    assert receipt.tokens == VIDEO + TEXT and receipt.taken == 4 * 5
-    assert receipt.left == {"the model does not say which layer calls": 4 * 2}, "the refiner's two calls"
+    config = LiteAttentionConfig(rule=Threshold(-30.0), min_tokens=MIN_TOKENS, warmup_steps=1, dense_blocks="0")
+    out = sample(minimax, attach(model, config, handle=handle))
+    assert (out - plain).abs().max() < 1e-3
+    summary = handle.summary
+    assert dense_calls(summary) == {"dense_blocks": summary.forward_passes}
+    assert summary.sparse_calls == summary.forward_passes >= STEPS
+    assert freed == ([True] * summary.forward_passes if entry else [])
 
 
-def test_a_model_of_no_family_that_does_not_number_its_blocks_is_left(kit, ltxv, monkeypatch):
-    handle = RunHandle()
-    monkeypatch.setattr(sys.modules["liteattention.host.families"], "_by_class", dict)
-    mask = torch.ones(1, 6, dtype=torch.long)
-    given = {"positive": words(6, attention_mask=mask), "negative": words(6, seed=1, attention_mask=mask),
-             "size": SIZE}
-    out = kit.sample(kit.lite(ltxv, handle), **given)
-    assert torch.equal(out, kit.sample(ltxv, **given))
-    assert handle.receipt.taken == 0
-    assert handle.receipt.left["the model does not say which layer calls"] == 4 * 2
+def test_a_model_of_no_family_that_does_not_number_its_blocks_stays_dense(monkeypatch):
+    ltxv = case("LTXV")
+    model, handle = load(ltxv), RunHandle()
+    monkeypatch.setattr(families, "FAMILIES", {})
+    assert torch.equal(run(ltxv, model, 0.0, handle), sample(ltxv, model))
+    summary = handle.summary
+    assert summary.sparse_calls == 0 and dense_calls(summary)[NO_LAYER] == 2 * summary.forward_passes
 
 
-def test_a_model_of_no_family_keeps_both_ends_of_a_longer_sequence(kit, hunyuan, sessions, monkeypatch):
-    monkeypatch.setattr(sys.modules["liteattention.host.families"], "_by_class", dict)
-    texts = [words(TEXT, seed=i, pooled_output=torch.randn(1, 32)) for i in range(2)]
-    handle = RunHandle()
-    out = kit.sample(kit.lite(hunyuan, handle, threshold=0.0), positive=texts[0], negative=texts[1], size=SIZE)
-    assert torch.isfinite(out).all() and handle.receipt.taken == 4 * 5
-    for bits in sessions[0].bits.values():
-        assert bits[..., :2].all() and bits[..., -2:].all(), "200 tokens at either end"
+def test_a_model_of_no_family_keeps_both_ends_of_a_longer_sequence(runs, monkeypatch):
+    hunyuan = case("HunyuanVideo")
+    model, handle = load(hunyuan), RunHandle()
+    monkeypatch.setattr(families, "FAMILIES", {})
+    assert torch.isfinite(run(hunyuan, model, 0.0, handle)).all()
+    summary, text = handle.summary, hunyuan.text[0]
+    assert summary.tokens == hunyuan.video + text
+    assert summary.sparse_calls == len(hunyuan.layers) * summary.forward_passes
+    for bits in runs[0].bits.values():
+        assert bits[..., :2].all() and bits[..., -2:].all(), f"{text} tokens at either end"
 
 
-def test_a_reference_frame_in_front_of_the_video(kit, model_folder, sessions, tmp_path):
+def test_the_reference_frame_before_the_video_stays(kit, model_folder, runs, tmp_path):
     """Wan Fun: N is one frame longer than the latent; the reference stays, the rest skips."""
     state = load_file(model_folder / "tiny_wan_t2v.safetensors")
     dim = state["patch_embedding.weight"].shape[0]
@@ -105,9 +97,9 @@ def test_a_reference_frame_in_front_of_the_video(kit, model_folder, sessions, tm
     reference = {"reference_latents": [torch.randn(1, 16, 1, 20, 20, generator=generator)]}
     positive, negative = ([[tokens, reference]] for (tokens, _), in (kit.positive, kit.negative))
     handle = RunHandle()
-    out = kit.sample(kit.lite(model, handle, threshold=-0.5), positive=positive, negative=negative)
+    out = kit.sample(kit.lite(model, handle, rule=Threshold(-0.5)), positive=positive, negative=negative)
     assert torch.isfinite(out).all()
-    receipt = handle.receipt
-    assert receipt.tokens == 700 + 100 and receipt.taken == 4 * LAYERS and receipt.skipped > 0
-    for bits in sessions[0].bits.values():
+    summary = handle.summary
+    assert summary.tokens == 700 + 100 and summary.sparse_calls == 4 * LAYERS and summary.skipped > 0
+    for bits in runs[0].bits.values():
         assert bits[..., 0].all() and bits[..., 0, :].all()

@@ -13,28 +13,21 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from host_kit import LAYERS
+from host_kit import LAYERS, dense_calls
 
 from liteattention.kernels import BackendChoice, SkipMask, api
-from liteattention.runtime import (
-    BreakEvens,
-    Evaluation,
-    KeptMasks,
-    Receipt,
-    RunHandle,
-    Session,
-    dispatch,
-    evaluation,
-    policy,
-    statistics,
-)
-from liteattention.runtime.state import MaskTable
+from liteattention.runtime import BreakEvens, CarriedMasks, ForwardPass, RunHandle, RunSummary, SamplingRun, reasons
+from liteattention.runtime import compute as compute_module
+from liteattention.runtime import forward as forward_module
+from liteattention.runtime import run as run_module
+from liteattention.runtime.counters import Counters
+from liteattention.runtime.masks import MaskTable
+from liteattention.runtime.timing import AttentionTimes
 
 attach = sys.modules["liteattention.host.attach"]
-session_module = sys.modules["liteattention.runtime.session"]
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
 SIZE, STEPS, CALLS = (5, 16, 16), 3, 3 * LAYERS
-GOES_ON, STAYS_DENSE, ENDS = "goes on with LiteAttention", "goes on as it was before", "ends with its error"
+GOES_ON, STAYS_DENSE, ENDS = "goes on with LiteAttention", "stays dense", "ends with its error"
 TRITON = "liteattention.kernels.triton_launch"
 
 
@@ -45,7 +38,7 @@ class Fault:
     Attributes:
         break_it: (patch, host) -> None puts the fault there.
         error: what the run raises.
-        said: a part of the receipt or, after `in_log`, of the log.
+        said: a part of the summary or, after `in_log`, of the log.
         tries: how often the broken thing may be called, where that is told.
     """
 
@@ -91,7 +84,7 @@ def method(owner, name, error, at=None):
 def triton(error, at=None, missing=False):
     """A device where Triton's self-test has passed; the kernels fail later."""
     def break_it(patch, host):
-        patch.setattr(session_module, "resolve_backend", lambda device: BackendChoice("triton", False))
+        patch.setattr(compute_module, "resolve_backend", lambda device: BackendChoice("triton", False))
         patch.setattr(api, "choose_backend", lambda device, backend: backend)
 
         def dense(q, k, v, out, *args, **kwargs):
@@ -128,8 +121,8 @@ def callback(error):
     return break_it
 
 
-def before_us(error):
-    """The attention patched before ours fails; it gets the calls that we leave."""
+def fallback(error):
+    """The attention patched before fails; it computes the dense calls."""
     def break_it(patch, host):
         host.before.error = error
 
@@ -138,10 +131,9 @@ def before_us(error):
 
 def timing(name, error):
     def break_it(patch, host):
-        patch.setattr(dispatch, "start_stopwatch", lambda device: None)
         table = BreakEvens(lambda *args: 1.0, lambda device: None)
         patch.setattr(table, name, failing(error, None))
-        patch.setattr(session_module, "Dispatcher", lambda _, note: dispatch.Dispatcher(table, note))
+        patch.setattr(run_module, "AttentionTimes", lambda _, note: AttentionTimes(table, note))
 
     return break_it
 
@@ -153,12 +145,12 @@ def text_on_the_node(patch, host):
 
 OOM, BUG = torch.OutOfMemoryError("out of memory"), RuntimeError("a bug")
 STOP = comfy.model_management.InterruptProcessingException()
-FAILED = policy.KERNEL_FAILED
+FAILED = reasons.KERNEL_FAILED.text
 FAULTS = [
     Fault("start of the run", "the model's options are not understood", STAYS_DENSE, "options are not understood",
           method(attach.model_call, "pass_fingerprint", BUG, (1,))),
-    Fault("start of the run", "the backend cannot be asked", STAYS_DENSE, policy.NO_BACKEND,
-          method(session_module, "resolve_backend", BUG)),
+    Fault("start of the run", "the backend cannot be asked", STAYS_DENSE, reasons.NO_BACKEND.text,
+          method(compute_module, "resolve_backend", BUG)),
     Fault("start of the run", "out of memory while the model loads", ENDS, "no attention call", on_load(OOM),
           torch.OutOfMemoryError),
     Fault("start of the run", "out of memory while sampling is prepared", ENDS, "no attention call",
@@ -173,33 +165,27 @@ FAULTS = [
           method(attach.families, "video_tokens", BUG)),
     Fault("call of the model", "its blocks cannot be numbered", GOES_ON, "cannot be numbered",
           method(attach.families, "numbered", BUG)),
-    Fault("attention override", "the layer cannot be told", STAYS_DENSE, policy.NO_LAYER,
+    Fault("attention override", "the layer cannot be told", STAYS_DENSE, reasons.NO_LAYER.text,
           method(attach.model_call, "layer_id", BUG)),
     Fault("attention override", "a check of the call fails", STAYS_DENSE, FAILED,
-          method(policy, "call_reason", BUG, (1,)), tries=None),
-    Fault("attention override", "the attention patched before fails", ENDS, "cross-attention", before_us(BUG),
+          method(forward_module, "call_reason", BUG, (1,)), tries=None),
+    Fault("attention override", "the attention patched before fails", ENDS, "cross-attention", fallback(BUG),
           RuntimeError),
-    Fault("attention override", "interrupted inside a model call", ENDS, "cross-attention", before_us(STOP),
+    Fault("attention override", "interrupted inside a model call", ENDS, "cross-attention", fallback(STOP),
           comfy.model_management.InterruptProcessingException),
-    Fault("masks", "free memory cannot be told", GOES_ON, "skipped", method(attach, "free_memory", BUG)),
-    Fault("masks", "they would not fit", STAYS_DENSE, policy.NO_ROOM, lambda patch, host: patch.setattr(
-          attach, "free_memory", lambda device: 50)),
-    Fault("masks", "out of memory for one", STAYS_DENSE, policy.NO_MEMORY, method(SkipMask, "full", OOM), tries=LAYERS),
+    Fault("masks", "out of memory for one", STAYS_DENSE, reasons.NO_MEMORY.text, method(SkipMask, "full", OOM),
+          tries=LAYERS),
     Fault("masks", "another error for one", STAYS_DENSE, FAILED, method(SkipMask, "full", BUG), tries=1),
-    Fault("masks", "one cannot be re-opened", STAYS_DENSE, FAILED, method(SkipMask, "reopen", BUG),
-          settings={"refresh_every": 2}, tries=1),
-    Fault("masks", "those of the run before cannot be read", STAYS_DENSE, FAILED, method(KeptMasks, "take", BUG),
+    Fault("masks", "those of the run before cannot be read", STAYS_DENSE, FAILED, method(CarriedMasks, "find", BUG),
           settings={"continued": True}, tries=1),
-    Fault("masks", "the state limit cannot be held", STAYS_DENSE, FAILED, method(MaskTable, "enforce_limit", BUG),
-          tries=1),
-    Fault("kernel launch", "fails in the first call", STAYS_DENSE, "a bug", method(evaluation, "lite_attention", BUG),
+    Fault("kernel launch", "fails in the first call", STAYS_DENSE, "a bug", method(compute_module, "lite_attention", BUG),
           tries=1),
     Fault("kernel launch", "fails in mid-run", STAYS_DENSE, "a bug",
-          method(evaluation, "lite_attention", BUG, (LAYERS + 2,)), tries=LAYERS + 2),
-    Fault("kernel launch", "out of memory with stand-ins", GOES_ON, "no memory for the stand-ins",
-          method(evaluation, "lite_attention", OOM, (3,))),
-    Fault("kernel launch", "out of memory, also without stand-ins", ENDS, "no memory for the stand-ins",
-          method(evaluation, "lite_attention", OOM), torch.OutOfMemoryError, tries=2),
+          method(compute_module, "lite_attention", BUG, (LAYERS + 2,)), tries=LAYERS + 2),
+    Fault("kernel launch", "out of memory with pooled keys", GOES_ON, "no memory for the pooled keys",
+          method(compute_module, "lite_attention", OOM, (3,))),
+    Fault("kernel launch", "out of memory, also without pooled keys", ENDS, "no memory for the pooled keys",
+          method(compute_module, "lite_attention", OOM), torch.OutOfMemoryError, tries=2),
     Fault("kernel launch", "Triton does not compile", STAYS_DENSE, "at 1:0: unsupported", triton(
           ValueError("at 1:0: unsupported")), tries=1),
     Fault("kernel launch", "Triton does not launch", STAYS_DENSE, "an illegal memory access", triton(
@@ -208,26 +194,25 @@ FAULTS = [
           triton(RuntimeError("out of resource: shared memory, Required: 1, Hardware limit: 0")), tries=1),
     Fault("kernel launch", "Triton cannot be imported", STAYS_DENSE, "triton_launch", triton(None, (), True), tries=0),
     Fault("counters", "out of memory for them", ENDS, "no attention call",
-          method(statistics.Statistics, "counters", OOM), torch.OutOfMemoryError),
+          method(Counters, "on_device", OOM), torch.OutOfMemoryError),
     Fault("counters", "a call cannot be counted", STAYS_DENSE, FAILED,
-          method(statistics.Statistics, "count_layer", BUG), tries=1),
-    Fault("end of a step", "its counters cannot be read", GOES_ON, "what some steps did is not known",
-          method(statistics.Statistics, "end_step", BUG)),
+          method(Counters, "add_sparse", BUG), tries=1),
+    Fault("end of a step", "its counters cannot be read", GOES_ON, "the counters of some steps are not known",
+          method(Counters, "end_step", BUG)),
     Fault("end of a step", "the text does not reach the node", GOES_ON, "skipped", text_on_the_node),
     Fault("end of a step", "the callback of the sampler fails", ENDS, "skipped", callback(BUG), RuntimeError),
     Fault("end of a step", "interrupted in the callback", ENDS, "skipped", callback(STOP),
           comfy.model_management.InterruptProcessingException),
-    Fault("timing", "break-evens cannot be looked up", GOES_ON, "never_slower is off", timing("of", BUG)),
-    Fault("timing", "timings cannot be collected", GOES_ON, "never_slower is off", timing("collect", BUG)),
-    Fault("timing", "no stopwatch starts", GOES_ON, "attention cannot be timed", timing("start", BUG)),
-    Fault("end of the run", "masks cannot be kept for continue_from", GOES_ON, "could not be kept",
-          method(KeptMasks, "add", OOM), settings={"wanted": True}, tries=1),
-    Fault("end of the run", "the graph cannot be read", GOES_ON, "masks are not kept",
-          method(attach.prompt, "continues", BUG)),
-    Fault("end of the run", "the account cannot be made", GOES_ON, "the account of the run is lost",
-          method(Session, "_account", BUG), in_log=True),
-    Fault("end of the run", "the account cannot be shown", GOES_ON, "the account of the run is lost",
-          method(Receipt, "text", BUG), in_log=True),
+    Fault("timing", "break-evens cannot be looked up", GOES_ON, "attention cannot be timed", timing("of", BUG)),
+    Fault("timing", "timings cannot be collected", GOES_ON, "attention cannot be timed", timing("collect", BUG)),
+    Fault("end of the run", "masks cannot be carried over", GOES_ON, run_module.LOST, method(MaskTable, "carry", OOM),
+          tries=1),
+    Fault("end of the run", "the handle cannot take its masks", GOES_ON, "lost to later nodes",
+          method(RunHandle, "finish", BUG), tries=1),
+    Fault("end of the run", "the summary cannot be made", GOES_ON, "the run summary is lost",
+          method(SamplingRun, "_summarize", BUG), in_log=True),
+    Fault("end of the run", "the summary cannot be shown", GOES_ON, "the run summary is lost",
+          method(RunSummary, "text", BUG), in_log=True),
 ]
 
 
@@ -237,8 +222,8 @@ class Host:
     def __init__(self, kit, settings):
         settings = dict(settings)
         self.callback, self.broken = None, types.SimpleNamespace(calls=None)
-        self.handle, first = RunHandle(), None
-        self.handle.wanted = settings.pop("wanted", False)
+        self.handle, first = RunHandle(), RunHandle()
+        self.handles = self.handle, first
 
         def before(func, *args, **kwargs):
             before.calls += 1
@@ -251,35 +236,32 @@ class Host:
         base.model_options["transformer_options"]["optimized_attention_override"] = before
         self.first = None
         if settings.pop("continued", False):
-            first = RunHandle()
             self.first = kit.lite(base, first, **settings)
-        self.model = kit.lite(base, self.handle, continue_from=first, **settings)
+        self.model = kit.lite(base, self.handle, continue_from=first if self.first else None, **settings)
 
 
 def sample(kit, model, **kwargs):
     return kit.sample(model, steps=STEPS, size=SIZE, **kwargs)
 
 
-def ours():
-    """Objects of a run that are alive."""
+def alive(*handles):
+    """Objects of a run that are alive, those that belong to the handles left out."""
     gc.collect()
-    return [x for x in gc.get_objects() if isinstance(x, (SkipMask, Session, Evaluation, MaskTable))]
+    return [x for x in gc.get_objects() if isinstance(x, (SkipMask, SamplingRun, ForwardPass, MaskTable))
+            and not any(x is carried.mask for handle in handles for carried in handle.masks or ())]
 
 
 @pytest.fixture(scope="module")
 def clean(kit):
-    """Latents without a fault, by what was asked for: with LiteAttention and with the attention before it."""
+    """Latents without a fault, with LiteAttention and without."""
     made = {}
     gc.collect()
     gc.freeze()  # what is there already is of no interest, and takes a second to look through
 
-    def latents(settings):
-        key = settings.get("refresh_every", 0)
-        if key not in made:
-            made[key] = sample(kit, kit.lite(refresh_every=key))
-        if "dense" not in made:
-            made["dense"] = sample(kit, kit.model)
-        return made[key], made["dense"]
+    def latents():
+        if not made:
+            made.update(lite=sample(kit, kit.lite()), dense=sample(kit, kit.model))
+        return made["lite"], made["dense"]
 
     yield latents
     gc.unfreeze()
@@ -288,7 +270,7 @@ def clean(kit):
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.where}: {fault.what}")
 def test_a_fault_and_the_prompt_after_it(kit, clean, fault, caplog, record_property):
     caplog.set_level(logging.INFO, "LiteAttention")
-    alone, dense = clean(fault.settings)
+    alone, dense = clean()
     assert not torch.equal(alone, dense)
     host = Host(kit, fault.settings)
     healthy = host.model
@@ -305,17 +287,17 @@ def test_a_fault_and_the_prompt_after_it(kit, clean, fault, caplog, record_prope
             with pytest.raises(fault.error):
                 sample(kit, host.model, callback=host.callback)
             out = None
-    said = caplog.text if fault.in_log else host.handle.receipt.text()
+    said = caplog.text if fault.in_log else host.handle.summary.text()
     assert fault.said in said
-    assert all(caplog.text.count(note) <= 2 for note in (host.handle.receipt.notes if host.handle.receipt else [])), \
-        "once as a warning, once in the receipt"
+    assert all(caplog.text.count(note) <= 2 for note in (host.handle.summary.notes if host.handle.summary else [])), \
+        "once as a warning, once in the summary"
     if fault.tries is not None:
         assert host.broken.calls == fault.tries, "what has failed is not tried again at every call"
     if fault.then == STAYS_DENSE:
         assert torch.isfinite(out).all()
-        taken = host.handle.receipt.taken
-        assert torch.equal(out, dense) if not taken else host.handle.receipt.left[FAILED] == CALLS - taken
-    elif fault.then == GOES_ON and "stand-ins" not in fault.what:
+        taken = host.handle.summary.sparse_calls
+        assert torch.equal(out, dense) if not taken else dense_calls(host.handle.summary)[FAILED] == CALLS - taken
+    elif fault.then == GOES_ON and "pooled" not in fault.what:
         assert torch.equal(out, alone)
 
     # ComfyUI keeps working: nothing hangs in the models, nothing of the run is alive, the next prompt is as if alone.
@@ -323,8 +305,8 @@ def test_a_fault_and_the_prompt_after_it(kit, clean, fault, caplog, record_prope
     for model in (healthy, host.model):
         assert attach.KEY not in model.model_options["transformer_options"]
     del out
-    if fault.settings.get("wanted") is None:
-        assert not ours()
+    del host.first
+    assert not alive(*host.handles)
     assert torch.equal(sample(kit, healthy), alone)
     record_property("counted", ("faults survived", 1, None))
 
@@ -333,14 +315,3 @@ def test_the_table_in_the_docs_is_this_list():
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|"))
             for line in DOCS.read_text(encoding="utf-8").splitlines() if re.match(r"\| (?!point|---)", line)]
     assert rows == [(fault.where, fault.what, fault.then, fault.said) for fault in FAULTS]
-
-
-def test_free_memory_is_not_known_where_weights_move_out(monkeypatch):
-    from liteattention.host import compat
-
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1234)
-    memory = pytest.importorskip("comfy.memory_management", reason="this ComfyUI has no dynamic VRAM")
-    for dynamic, expected in ((False, 1234), (True, None)):
-        monkeypatch.setattr(memory, "aimdo_enabled", dynamic)
-        assert compat.free_memory(torch.device("cuda")) == expected
-        assert compat.free_memory(torch.device("cpu")) == 1234

@@ -1,16 +1,15 @@
 """Runs that end early, runs in a row, memory that is gone afterwards."""
 
 import gc
-import sys
 import weakref
 
 import comfy.model_management
 import pytest
 import torch
-from host_kit import LAYERS
+from host_kit import LAYERS, dense_calls
 
 from liteattention.kernels import SkipMask
-from liteattention.runtime import RunHandle, evaluation
+from liteattention.runtime import RunHandle, compute
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def raising(error, at):
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException(),
                                    torch.OutOfMemoryError("no memory"), RuntimeError("a bug in a model")],
                          ids=["interrupt", "oom", "bug"])
-def test_a_run_cut_short_leaves_nothing_and_the_next_is_as_if_alone(kit, sessions, words, error):
+def test_a_run_cut_short_leaves_nothing_and_the_next_is_as_if_alone(kit, runs, words, error):
     alone = kit.sample(kit.lite())
     handle = RunHandle()
     base = kit.model.clone()
@@ -58,13 +57,13 @@ def test_a_run_cut_short_leaves_nothing_and_the_next_is_as_if_alone(kit, session
     model = kit.lite(base, handle)
     with pytest.raises(type(error)):
         kit.sample(model)
-    assert 0 < handle.receipt.steps_done < 4, "the account of what ran is there"
-    assert all_gone(words) and not sessions[-1].masks.all_masks()
+    assert 0 < handle.summary.steps_done < 4, "the account of what ran is there"
+    assert all_gone(words) and not runs[-1].masks.all_masks()
     assert torch.equal(kit.sample(model), alone), "the same patched model, the next prompt"
     assert all_gone(words)
 
 
-def test_interrupt_from_the_callback(kit, sessions, words):
+def test_interrupt_from_the_callback(kit, runs, words):
     def stop(step, *args):
         if step == 1:
             comfy.model_management.interrupt_current_processing()
@@ -73,12 +72,12 @@ def test_interrupt_from_the_callback(kit, sessions, words):
     model = kit.lite()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         kit.sample(model, callback=stop)
-    assert all_gone(words) and sessions[0].close().steps_done == 2
+    assert all_gone(words) and runs[0].close().steps_done == 2
 
 
 def test_out_of_memory_inside_the_kernel_is_raised_and_cleaned_up(kit, words, monkeypatch):
     alone = kit.sample(kit.lite())
-    attention = evaluation.lite_attention
+    attention = compute.lite_attention
     calls = []
 
     def failing(*args, **kwargs):
@@ -87,7 +86,7 @@ def test_out_of_memory_inside_the_kernel_is_raised_and_cleaned_up(kit, words, mo
             raise torch.OutOfMemoryError("no memory for the output")
         return attention(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "lite_attention", failing)
+    monkeypatch.setattr(compute, "lite_attention", failing)
     model = kit.lite()
     with pytest.raises(torch.OutOfMemoryError):
         kit.sample(model)
@@ -96,7 +95,7 @@ def test_out_of_memory_inside_the_kernel_is_raised_and_cleaned_up(kit, words, mo
 
 
 @pytest.mark.parametrize("where", ["prepare_sampling", "on_load"])
-def test_out_of_memory_while_the_model_loads(kit, sessions, where):
+def test_out_of_memory_while_the_model_loads(kit, runs, where):
     """ComfyUI calls no clean-up callback then; the run is closed all the same."""
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
@@ -112,9 +111,9 @@ def test_out_of_memory_while_the_model_loads(kit, sessions, where):
         broken.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "test", load)
     with pytest.raises(torch.OutOfMemoryError):
         kit.sample(broken)
-    assert len(sessions) == 1 and sessions[0]._receipt is not None and sessions[0]._receipt.steps_done == 0
+    assert len(runs) == 1 and runs[0]._summary is not None and runs[0]._summary.steps_done == 0
     comfy.model_management.unload_all_models()
-    assert torch.isfinite(kit.sample(model)).all() and len(sessions) == 2
+    assert torch.isfinite(kit.sample(model)).all() and len(runs) == 2
 
 
 def test_a_kernel_failure_does_not_end_the_render(kit, monkeypatch, caplog):
@@ -124,18 +123,18 @@ def test_a_kernel_failure_does_not_end_the_render(kit, monkeypatch, caplog):
     handle = RunHandle()
     model = kit.lite(handle=handle)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "lite_attention", failing)
+        patch.setattr(compute, "lite_attention", failing)
         out = kit.sample(model)
     assert torch.equal(out, kit.sample(kit.model)), "the attention that was there before did everything"
-    assert handle.receipt.left["the kernel failed in this run"] == 4 * LAYERS
+    assert dense_calls(handle.summary)["the kernel failed in this run"] == 4 * LAYERS
     assert caplog.text.count("no kernel image is available") == 1
     kit.sample(model)
-    assert handle.receipt.taken == 4 * LAYERS, "the next run tries again"
+    assert handle.summary.sparse_calls == 4 * LAYERS, "the next run tries again"
 
 
 def test_a_kernel_that_fails_in_mid_run_hands_over_at_that_very_call(kit, monkeypatch):
     """From there on the run is what the attention patched before makes of it, bit by bit."""
-    attention, taken = evaluation.lite_attention, []
+    attention, taken = compute.lite_attention, []
 
     def failing(*args, **kwargs):
         taken.append(1)
@@ -146,12 +145,12 @@ def test_a_kernel_that_fails_in_mid_run_hands_over_at_that_very_call(kit, monkey
     handle = RunHandle()
     model = kit.lite(handle=handle)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "lite_attention", failing)
+        patch.setattr(compute, "lite_attention", failing)
         out = kit.sample(model)
-    receipt = handle.receipt
-    assert len(taken) == 12 and receipt.taken == 11
-    assert receipt.left == {"cross-attention": 4 * LAYERS, "the kernel failed in this run": 4 * LAYERS - 11}
-    assert len(receipt.notes) == 1 and "RuntimeError: an illegal instruction" in receipt.notes[0]
+    summary = handle.summary
+    assert len(taken) == 12 and summary.sparse_calls == 11
+    assert dense_calls(summary) == {"cross-attention": 4 * LAYERS, "the kernel failed in this run": 4 * LAYERS - 11}
+    assert len(summary.notes) == 1 and "RuntimeError: an illegal instruction" in summary.notes[0]
 
     ours, calls = model.model_options["transformer_options"]["optimized_attention_override"], []
 
@@ -171,7 +170,7 @@ def test_no_memory_for_masks(kit, monkeypatch):
     monkeypatch.setattr(SkipMask, "full", full)
     handle = RunHandle()
     assert torch.equal(kit.sample(kit.lite(handle=handle)), kit.sample(kit.model))
-    assert handle.receipt.left["no memory for the skip mask"] == 4 * LAYERS
+    assert dense_calls(handle.summary)["no memory for the skip mask"] == 4 * LAYERS
 
 
 def test_two_prompts_in_a_row_are_each_as_if_alone(kit, words):
@@ -183,7 +182,7 @@ def test_two_prompts_in_a_row_are_each_as_if_alone(kit, words):
     assert all_gone(words)
 
 
-def test_a_reused_guider_starts_afresh(kit, sessions):
+def test_a_reused_guider_starts_afresh(kit, runs):
     """Its uuids stay the same from run to run."""
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider, RandomNoise, SamplerCustomAdvanced
@@ -200,39 +199,5 @@ def test_a_reused_guider_starts_afresh(kit, sessions):
                 RandomNoise.execute(1).args[0], guider, comfy.samplers.sampler_object("euler"), sigmas,
                 {"samples": kit.latent()}).args[0]["samples"])
     assert torch.equal(*results)
-    assert [set(s.passes.values()) for s in sessions] == [{4}, {4}]
+    assert [set(s.passes.values()) for s in runs] == [{4}, {4}]
     assert guider.model_options is options and repr(options) == before, "nothing of the run stays in the guider"
-
-
-def test_the_state_limit_keeps_the_layers_that_skip_most(kit, sessions, monkeypatch):
-    one = SkipMask.full(1, 2, 700).nbytes
-    limit = 2 * 2 * one  # two layers, each with a mask for both conditionings
-    recorded = {}
-
-    def first_step(step, *args):
-        if step == 0:
-            for key, rows in sessions[0].masks.all_masks().items():
-                recorded[key.name] = sum(int(mask.active_tiles()) for mask in rows.values())
-
-    kit.sample(kit.lite(threshold=-0.5), callback=first_step)
-    ranked = sorted(recorded, key=recorded.get)
-    skip_least = ranked[2:]
-    assert recorded[ranked[1]] < recorded[ranked[2]] and len(ranked) == LAYERS, "there is one choice"
-
-    held = []
-
-    def limited(step, *args):
-        held.append(sessions[1].masks.nbytes)
-
-    # max_state_mb is at least 16, a thousand times what this model needs.
-    monkeypatch.setattr(sys.modules["liteattention.runtime.session"], "MB", limit / 16)
-    handle = RunHandle()
-    kit.sample(kit.lite(handle=handle, threshold=-0.5, max_state_mb=16), callback=limited)
-    receipt = handle.receipt
-    assert sessions[1].masks.limit_bytes == limit
-    assert receipt.dense_layers == sorted(skip_least)
-    assert all(name in receipt.text() for name in skip_least)
-    assert held == [limit] * 4, "from the end of the first evaluation on"
-    assert receipt.state_bytes <= limit + 2 * one, "one layer over while it is being recorded"
-    assert receipt.left["over max_state_mb"] == 3 * 3
-    assert {key.name for key, _ in sessions[1].passes} == set(recorded) - set(skip_least)

@@ -9,8 +9,7 @@ from comfyui import find_comfyui
 from liteattention.tools.locales import LANGUAGES, ROOT, leaves, node_texts, read_locale
 from liteattention.tools.server import ComfyServer
 
-NODES = {"LiteAttention", "LiteAttentionCalibrate", "LiteAttentionSaveProfile", "LiteAttentionLoadProfile",
-         "LiteAttentionReport", "LiteAttentionCompare",
+NODES = {"LiteAttention", "LiteAttentionReport", "LiteAttentionCompare",
          "LiteAttentionDemoModel", "LiteAttentionDemoPrompt", "LiteAttentionDemoDecode"}
 OTHERS = LANGUAGES[1:]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")

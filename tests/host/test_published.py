@@ -43,8 +43,8 @@ def test_the_demo_runs_from_what_is_published(published):
     prompt["6"]["inputs"]["steps"] = 4
     _, running = published
     assert set(running.run(prompt)) == {"7", "9"}
-    receipt = running.receipts()[-1]
-    assert receipt["taken"] == 20 and receipt["environment"]["liteattention"] != "unknown"
+    summary = running.summaries()[-1]
+    assert summary["taken"] == 20 and summary["environment"]["liteattention"] != "unknown"
 
 
 def test_comfy_test_finds_nothing_wrong(published, tmp_path):

@@ -44,9 +44,9 @@ def test_a_run_is_reported(kit):
     passed, plot, summary, stats = out.args
     stats = json.loads(stats)
     assert passed is samples and plot.shape == (1, 1200, 1600, 3) and out.ui.as_dict()["images"]
-    receipt = run_handle(model).receipt
-    assert stats["skipped"] == receipt.skipped > 0.05 and stats["taken"] == receipt.taken
-    assert f"Skipped {receipt.skipped * 100:.1f} %" in summary and "No masks" not in summary
+    summary = run_handle(model).summary
+    assert stats["skipped"] == summary.skipped > 0.05 and stats["taken"] == summary.sparse_calls
+    assert f"Skipped {summary.skipped * 100:.1f} %" in summary and "No masks" not in summary
     about = stats["environment"]
     assert about["model"] == "WanModel" and about["device"] == "cpu" and about["torch"] == torch.__version__
     assert all(re.match(r"\d+\.\d+", about[name]) for name in ("liteattention", "comfyui", "python", "triton"))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from host_kit import LAYERS, count_backend_calls
+from host_kit import LAYERS, count_backend_calls, dense_calls
 
-from liteattention.runtime import RunHandle
+from liteattention.runtime import RunHandle, Threshold
 
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "res_multistep", "uni_pc"]
 EVALUATIONS = {"heun": 2 * 6 - 1}
@@ -13,27 +13,27 @@ EVALUATIONS = {"heun": 2 * 6 - 1}
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_threshold_minus_30_is_dense_within_rounding(kit, sampler):
     dense = kit.sample(kit.model, 6, sampler=sampler)
-    lite = kit.sample(kit.lite(threshold=-30.0), 6, sampler=sampler)
+    lite = kit.sample(kit.lite(rule=Threshold(-30.0)), 6, sampler=sampler)
     assert (lite - dense).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_masks_age_per_evaluation_and_books_balance(kit, sessions, monkeypatch, sampler):
+def test_masks_age_per_evaluation_and_books_balance(kit, runs, monkeypatch, sampler):
     calls = count_backend_calls(monkeypatch)
     handle = RunHandle()
     out = kit.sample(kit.lite(handle=handle), 6, sampler=sampler)
     assert torch.isfinite(out).all()
-    receipt = handle.receipt
-    assert receipt.taken + sum(receipt.left.values()) == len(calls)
-    assert receipt.evaluations == EVALUATIONS.get(sampler, 6) and receipt.steps_done == 6
-    assert receipt.left == {"cross-attention": len(calls) // 2}
-    session, = sessions
-    assert len(session.passes) == 2 * LAYERS
-    assert set(session.passes.values()) == {receipt.evaluations}, "one recording pass per evaluation, not per step"
-    assert receipt.skipped > 0 and receipt.skipped_per_step[0] == 0
+    summary = handle.summary
+    assert summary.sparse_calls + sum(dense_calls(summary).values()) == len(calls)
+    assert summary.forward_passes == EVALUATIONS.get(sampler, 6) and summary.steps_done == 6
+    assert dense_calls(summary) == {"cross-attention": len(calls) // 2}
+    run, = runs
+    assert len(run.passes) == 2 * LAYERS
+    assert set(run.passes.values()) == {summary.forward_passes}, "one recording pass per evaluation, not per step"
+    assert summary.skipped > 0 and summary.skipped_per_step[0] == 0
 
 
-def test_steps_are_those_of_this_run(kit, sessions):
+def test_steps_are_those_of_this_run(kit, runs):
     """KSamplerAdvanced from 4 to 8: a run of four steps, its first one dense."""
     from nodes import KSamplerAdvanced
 
@@ -44,9 +44,9 @@ def test_steps_are_those_of_this_run(kit, sessions):
                                            latent, 0, 4, "enable")
         KSamplerAdvanced().sample(model, "disable", 1, 8, 2.0, "euler", "simple", kit.positive, kit.negative, first,
                                   4, 8, "disable")
-    assert [s.close().total_steps for s in sessions] == [4, 4]
-    assert [s.close().plan for s in sessions] == ["step 1 of 4 dense"] * 2
-    assert {p for s in sessions for p in s.passes.values()} == {4}, "the second run starts afresh"
+    assert [s.close().total_steps for s in runs] == [4, 4]
+    assert [s.close().plan for s in runs] == ["step 1 of 4 dense"] * 2
+    assert {p for s in runs for p in s.passes.values()} == {4}, "the second run starts afresh"
 
 
 def ksampler(kit, model):
@@ -86,15 +86,15 @@ def custom_advanced(kit, model):
 
 
 @pytest.mark.parametrize("node", [ksampler, ksampler_advanced, custom, custom_advanced], ids=lambda f: f.__name__)
-def test_sampler_nodes_give_the_same_run(kit, sessions, monkeypatch, node):
+def test_sampler_nodes_give_the_same_run(kit, runs, monkeypatch, node):
     """Every node goes through the same wrapper: same latent, calls all accounted for, previews and x0 as ever."""
     calls = count_backend_calls(monkeypatch)
     with torch.inference_mode():
         lite, x0 = node(kit, kit.lite())
-    session, = sessions
-    receipt = session.close()
-    assert receipt.taken + sum(receipt.left.values()) == len(calls) == 2 * receipt.taken
-    assert receipt.steps_done == receipt.total_steps == 4 and receipt.taken == 4 * LAYERS and receipt.skipped > 0
+    run, = runs
+    summary = run.close()
+    assert summary.sparse_calls + sum(dense_calls(summary).values()) == len(calls) == 2 * summary.sparse_calls
+    assert summary.steps_done == summary.total_steps == 4 and summary.sparse_calls == 4 * LAYERS and summary.skipped > 0
     assert torch.equal(lite, kit.sample(kit.lite()))
     with torch.inference_mode():
         dense, dense_x0 = node(kit, kit.model)
@@ -119,20 +119,20 @@ def test_the_callback_sees_what_it_always_sees(kit):
         assert torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
 
 
-def test_an_error_in_our_books_does_not_end_the_render(kit, monkeypatch, caplog):
-    from liteattention.runtime import Session
+def test_an_error_in_the_counters_does_not_end_the_render(kit, monkeypatch, caplog):
+    from liteattention.runtime import SamplingRun
 
     def broken(self, step):
-        raise RuntimeError("books")
+        raise RuntimeError("counters")
 
     seen = []
-    monkeypatch.setattr(Session, "end_step", broken)
+    monkeypatch.setattr(SamplingRun, "end_step", broken)
     out = kit.sample(kit.lite(), callback=lambda *args: seen.append(args[0]))
     assert torch.isfinite(out).all() and seen == [0, 1, 2, 3]
-    assert "what some steps did is not known. RuntimeError: books" in caplog.text
+    assert "the counters of some steps are not known. RuntimeError: counters" in caplog.text
 
 
-def test_progress_text_and_receipt_reach_the_node(kit, monkeypatch):
+def test_progress_text_and_summary_reach_the_node(kit, monkeypatch):
     import sys
     import types
 
@@ -149,8 +149,8 @@ def test_progress_text_and_receipt_reach_the_node(kit, monkeypatch):
     assert {node for node, _ in sent} == {"7"} and len(sent) == 5
     for step, (_, text) in enumerate(sent[:4]):
         phase = "sparse" if step else "recording"
-        assert text.startswith(f"step {step + 1}/4 ({phase}): skipped ") and "masks 0.5 KB" in text
-    assert "attention calls taken" in sent[4][1] and "step 1 of 4 dense" in sent[4][1]
+        assert text.startswith(f"step {step + 1}/4 ({phase}): skipped ")
+    assert sent[4][1].startswith("on: ") and "step 1 of 4 dense" in sent[4][1] and "masks: 0.5 KB" in sent[4][1]
 
     def closed(text, node_id):
         raise ConnectionError

@@ -28,10 +28,8 @@ EXPECTED_INPUTS = {
     "refresh_every": ("INT", 0, {"min": 0, "max": 64, "advanced": True}),
     "pool_skipped": ("BOOLEAN", True, {"advanced": True}),
     "continue_from": ("LITEATTENTION_RUN", None, {"advanced": True}),
-    "profile": ("LITE_ATTENTION_PROFILE", None, {"advanced": True}),
 }
-NODES = {"LiteAttention", "LiteAttentionCalibrate", "LiteAttentionSaveProfile", "LiteAttentionLoadProfile",
-         "LiteAttentionReport", "LiteAttentionCompare",
+NODES = {"LiteAttention", "LiteAttentionReport", "LiteAttentionCompare",
          "LiteAttentionDemoModel", "LiteAttentionDemoPrompt", "LiteAttentionDemoDecode"}
 
 
@@ -144,9 +142,9 @@ def test_the_template_browser_lists_them(server):
 
 def test_a_prompt_skips_tiles_and_tells(server, prompt):
     latent(server, prompt, seed=11)
-    receipt = server.receipts()[-1]
-    assert receipt["taken"] == 20 and receipt["left"] == {"cross-attention": 20}
-    assert receipt["skipped_per_step"][0] == 0 and receipt["skipped_per_step"][-1] > 0
+    summary = server.summaries()[-1]
+    assert summary["taken"] == 20 and summary["left"] == {"cross-attention": 20}
+    assert summary["skipped_per_step"][0] == 0 and summary["skipped_per_step"][-1] > 0
     assert "attention calls taken" in server.log()
 
 
@@ -188,22 +186,22 @@ def test_a_split_run_goes_on_with_its_masks_and_the_cache_is_noticed(server, pro
         **common, "model": ["30", 0], "latent_image": ["31", 0], "add_noise": "disable", "noise_seed": 51,
         "start_at_step": 3, "end_at_step": 6, "return_with_leftover_noise": "disable"}}
 
-    def receipts(seed):
-        before = len(server.receipts())
+    def summaries(seed):
+        before = len(server.summaries())
         split["31"]["inputs"]["noise_seed"] = seed
         latent(server, split)
-        return server.receipts()[before:]
+        return server.summaries()[before:]
 
-    unlinked = receipts(51)
-    assert unlinked[1]["skipped_per_step"][0] == 0 == unlinked[0]["kept_bytes"]
+    unlinked = summaries(51)
+    assert unlinked[1]["skipped_per_step"][0] == 0 == unlinked[0]["carried_bytes"]
     second["inputs"]["continue_from"] = ["3", 1]
     # The first LiteAttention node comes from the cache and was set up unlinked; this prompt's graph counts.
-    linked = receipts(52)
-    assert linked[0]["kept_bytes"] > 0 and linked[1]["skipped_per_step"][0] > 0 and not linked[1]["notes"]
+    linked = summaries(52)
+    assert linked[0]["carried_bytes"] > 0 and linked[1]["skipped_per_step"][0] > 0 and not linked[1]["notes"]
     second["inputs"]["threshold"] = -0.75
-    cached, = receipts(52)
+    cached, = summaries(52)
     assert cached["skipped_per_step"][0] == 0 and "did not happen in this prompt" in cached["notes"][0]
-    both = receipts(53)
+    both = summaries(53)
     assert len(both) == 2 and both[1]["skipped_per_step"][0] > 0
 
 
@@ -239,7 +237,7 @@ def test_interrupt_in_mid_run_then_a_clean_prompt(server, prompt):
     alone = latent(server, prompt, seed=41)
     long = copy.deepcopy(prompt)
     long["6"]["inputs"] |= {"steps": 400, "seed": 42}
-    before = len(server.receipts())
+    before = len(server.summaries())
     prompt_id = server.queue(long)
     deadline = time.monotonic() + 60
     # The sampler's progress bar in the log is the one sign over HTTP that a step has finished.
@@ -248,7 +246,7 @@ def test_interrupt_in_mid_run_then_a_clean_prompt(server, prompt):
     server.post("/interrupt", {})
     with pytest.raises(PromptFailed, match="execution_interrupted"):
         server.wait(prompt_id, 60)
-    cut = server.receipts()[before]
+    cut = server.summaries()[before]
     assert 0 < cut["steps_done"] < 400, "the account of what ran is there"
     assert alone.equal(latent(server, prompt, seed=41))
 
@@ -259,4 +257,4 @@ def test_without_triton_the_pack_loads_and_the_workflow_completes(tmp_path, prom
     with ComfyServer(COMFY, environment={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}) as blocked:
         assert "triton is out of reach" in blocked.log() and loaded(blocked)
         latent(blocked, prompt)
-        assert blocked.receipts()[-1]["taken"] == 20
+        assert blocked.summaries()[-1]["taken"] == 20

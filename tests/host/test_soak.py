@@ -19,7 +19,7 @@ import torch
 
 from liteattention.kernels import SkipMask
 from liteattention.nodes.apply import LiteAttention
-from liteattention.runtime import Evaluation, Session, evaluation
+from liteattention.runtime import ForwardPass, SamplingRun, compute
 
 ROOT = Path(__file__).resolve().parents[2]
 execution = pytest.importorskip("execution")
@@ -144,7 +144,7 @@ def alive():
     """(objects of ours that hold tensors, all tensors)."""
     gc.collect()
     objects = gc.get_objects()
-    return (sum(isinstance(x, (SkipMask, Session, Evaluation)) for x in objects),
+    return (sum(isinstance(x, (SkipMask, SamplingRun, ForwardPass)) for x in objects),
             sum(isinstance(x, torch.Tensor) for x in objects))
 
 
@@ -162,7 +162,7 @@ def growth(sizes):
 
 
 def faulty(patch, fault):
-    attention, calls = evaluation.lite_attention, []
+    attention, calls = compute.lite_attention, []
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -173,7 +173,7 @@ def faulty(patch, fault):
         return attention(*args, **kwargs)
 
     if fault is not None:
-        patch.setattr(evaluation, "lite_attention", failing)
+        patch.setattr(compute, "lite_attention", failing)
 
 
 def test_prompts_in_random_settings_in_one_process(kit, record_property):

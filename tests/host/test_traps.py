@@ -10,7 +10,7 @@ import torch
 from host_kit import LAYERS
 
 from liteattention.host import model_call
-from liteattention.runtime import LayerId, LiteAttentionConfig, RunHandle, Session
+from liteattention.runtime import LayerId, LiteAttentionConfig, RunHandle, SamplingRun, Threshold
 
 module = sys.modules["liteattention.host.attach"]
 N, HEADS, D = 384, 2, 64
@@ -35,8 +35,8 @@ class Backend:
         return "previous"
 
 
-def options(session, owner, rows=2, **extra):
-    evaluation = session.evaluation(model="m", rows=[("uuid", i, 0) for i in range(rows)], latent_tokens=N)
+def options(run, owner, rows=2, **extra):
+    evaluation = run.evaluation(model="m", rows=[("uuid", i, 0) for i in range(rows)], latent_tokens=N)
     return {module.EVALUATION_KEY: (owner, evaluation), "block_index": 0, "block_type": "double", "total_blocks": 5,
             **extra}
 
@@ -44,19 +44,19 @@ def options(session, owner, rows=2, **extra):
 @pytest.fixture
 def driven():
     owner = object()
-    session = Session(LiteAttentionConfig(threshold=-2.0, min_tokens=128, warmup_steps=0), 4)
-    yield module.make_override(None, owner), session, owner
-    session.close()
+    run = SamplingRun(LiteAttentionConfig(rule=Threshold(-2.0), min_tokens=128, warmup_steps=0), 4)
+    yield module.make_override(None, owner), run, owner
+    run.close()
 
 
 def test_everything_is_passed_on_when_a_call_is_left(driven):
     """Dropping `_inside_attn_wrapper` would let a wrapped function come back to us without end."""
-    override, session, owner = driven
+    override, run, owner = driven
     q, k, v = (x.flatten(2) for x in tensors())
     mask = torch.zeros(N, N)
     backend = Backend()
     given = {"_inside_attn_wrapper": True, "low_precision_attention": False, "scale": 0.5, "enable_gqa": True,
-             "unknown_to_us": 1, "transformer_options": options(session, owner)}
+             "unknown_to_us": 1, "transformer_options": options(run, owner)}
     assert override(backend, q, k, v, HEADS, mask, attn_precision="p", skip_reshape=False, skip_output_reshape=True,
                     **given) == "previous"
     (args, kwargs), = backend.calls
@@ -68,7 +68,7 @@ def test_everything_is_passed_on_when_a_call_is_left(driven):
 def test_a_wrapped_backend_does_not_come_back_to_us(driven):
     from comfy.ldm.modules.attention import optimized_attention
 
-    override, session, owner = driven
+    override, run, owner = driven
     q, k, v = (x.flatten(2) for x in tensors())
     entered = []
 
@@ -77,7 +77,7 @@ def test_a_wrapped_backend_does_not_come_back_to_us(driven):
         return optimized_attention(*args, **kwargs)
 
     ours = module.make_override(previous, owner)
-    chosen = options(session, owner, rows=3)
+    chosen = options(run, owner, rows=3)
     chosen["optimized_attention_override"] = ours
     out = optimized_attention(q, k, v, heads=HEADS, transformer_options=chosen)
     assert out.shape == q.shape and entered == [1]
@@ -89,7 +89,7 @@ def test_a_wrapped_backend_does_not_come_back_to_us(driven):
 def test_layouts_and_scale_give_what_comfyuis_own_attention_gives(driven, skip_reshape, skip_output_reshape, scale):
     from comfy.ldm.modules.attention import attention_basic
 
-    override, session, owner = driven
+    override, run, owner = driven
     split = [x.transpose(1, 2) for x in tensors()]
     if skip_reshape == "fused":
         # Views into the output of one projection, as MiniMax H3 has them: rows lie three times as far apart.
@@ -98,28 +98,28 @@ def test_layouts_and_scale_give_what_comfyuis_own_attention_gives(driven, skip_r
         skip_reshape = True
     inputs = split if skip_reshape else [x.transpose(1, 2).flatten(2) for x in split]
     keywords = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
-    out = override(Backend(), *inputs, HEADS, scale=scale, transformer_options=options(session, owner), **keywords)
+    out = override(Backend(), *inputs, HEADS, scale=scale, transformer_options=options(run, owner), **keywords)
     expected = torch.nn.functional.scaled_dot_product_attention(*split, scale=scale)
     if not skip_output_reshape:
         expected = expected.transpose(1, 2).flatten(2)
     assert out.shape == expected.shape and (out - expected).abs().max() < 1e-4
     theirs = attention_basic(*inputs, HEADS, **keywords)
     assert theirs.shape == out.shape
-    assert session.statistics.taken == 1
+    assert run.statistics.taken == 1
 
 
 def test_calls_without_a_block_number_are_left(driven):
-    override, session, owner = driven
+    override, run, owner = driven
     q, k, v = (x.flatten(2) for x in tensors())
     for extra in ({"block_index": None}, {"block_index": "0"}):
-        assert override(Backend(), q, k, v, HEADS, transformer_options=options(session, owner, **extra)) == "previous"
-    assert session.statistics.left == {"the model does not say which layer calls": 2}
+        assert override(Backend(), q, k, v, HEADS, transformer_options=options(run, owner, **extra)) == "previous"
+    assert run.statistics.left == {"the model does not say which layer calls": 2}
 
 
 def test_calls_outside_a_run_or_of_another_patch_are_left(driven):
-    override, session, _ = driven
+    override, run, _ = driven
     q, k, v = (x.flatten(2) for x in tensors())
-    for given in ({}, {"transformer_options": None}, {"transformer_options": options(session, object())}):
+    for given in ({}, {"transformer_options": None}, {"transformer_options": options(run, object())}):
         assert override(Backend(), q, k, v, HEADS, **given) == "previous"
 
 
@@ -134,27 +134,27 @@ def test_the_override_is_a_function_and_its_state_an_object(kit):
 
 def test_masks_made_under_inference_mode_are_updated_by_a_worker_thread(driven):
     """ComfyUI's nodes run under inference mode, its multi-GPU workers only under no_grad."""
-    override, session, owner = driven
+    override, run, owner = driven
     inputs = [x.flatten(2) for x in tensors()]
     with torch.inference_mode():
-        override(Backend(), *inputs, HEADS, transformer_options=options(session, owner))
+        override(Backend(), *inputs, HEADS, transformer_options=options(run, owner))
     results = []
 
     def work():
         with torch.no_grad():
-            results.append(override(Backend(), *inputs, HEADS, transformer_options=options(session, owner)))
+            results.append(override(Backend(), *inputs, HEADS, transformer_options=options(run, owner)))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert torch.is_tensor(results[0]) and not session.failed, session.close().notes
-    assert {m.passes[0] for rows in session.masks.all_masks().values() for m in rows.values()} == {2}
+    assert torch.is_tensor(results[0]) and not run.failed, run.close().notes
+    assert {m.passes[0] for rows in run.masks.all_masks().values() for m in rows.values()} == {2}
 
 
 def test_threads_with_rows_of_their_own_share_a_session(driven):
     """Conditionings computed at the same time by several workers."""
-    override, session, owner = driven
-    alone = Session(session.config, 4)
+    override, run, owner = driven
+    alone = SamplingRun(run.config, 4)
     expected = {}
     for row in range(4):
         held = alone.evaluation(model="m", rows=[("uuid", row, 0)], latent_tokens=N)
@@ -167,7 +167,7 @@ def test_threads_with_rows_of_their_own_share_a_session(driven):
     def work(row):
         barrier.wait()
         for _ in range(3):
-            held = session.evaluation(model="m", rows=[("uuid", row, 0)], latent_tokens=N)
+            held = run.evaluation(model="m", rows=[("uuid", row, 0)], latent_tokens=N)
             results[row] = override(Backend(), *(x.flatten(2) for x in tensors(1, row)), HEADS, transformer_options={
                 module.EVALUATION_KEY: (owner, held), "block_index": 0})
 
@@ -177,24 +177,24 @@ def test_threads_with_rows_of_their_own_share_a_session(driven):
     for thread in threads:
         thread.join()
     assert all(torch.equal(results[row], expected[row]) for row in range(4))
-    assert session.statistics.taken == 12
+    assert run.statistics.taken == 12
     alone.close()
 
 
-def lasting_tensors(session):
-    """Everything that a session keeps from one call to the next, by what it is."""
-    for rows in session.masks.all_masks().values():
+def lasting_tensors(run):
+    """Everything that a run keeps from one call to the next, by what it is."""
+    for rows in run.masks.all_masks().values():
         for mask in rows.values():
             yield "mask", mask.words
-    for workspace in session._workspaces.values():
+    for workspace in run._workspaces.values():
         yield from workspace._buffers.items()
         for table in workspace._tables.values():
             yield "table", table
-    for blocks in session.statistics._counters.values():
+    for blocks in run.statistics._counters.values():
         yield from (("counter", block) for block in blocks)
 
 
-def test_lasting_allocations_happen_while_comfyuis_recorder_is_paused(kit, sessions, monkeypatch):
+def test_lasting_allocations_happen_while_comfyuis_recorder_is_paused(kit, runs, monkeypatch):
     """From 0.34 on a block's allocations may be recorded; what outlives the block must not be among them."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -215,7 +215,7 @@ def test_lasting_allocations_happen_while_comfyuis_recorder_is_paused(kit, sessi
 
     def look(step, *args):
         kept.update(((step, name, i), tensor.untyped_storage().data_ptr())
-                    for i, (name, tensor) in enumerate(lasting_tensors(sessions[0])))
+                    for i, (name, tensor) in enumerate(lasting_tensors(runs[0])))
 
     prefetch = types.ModuleType("comfy.model_prefetch")
     try:
@@ -289,17 +289,17 @@ def test_layer_and_row_names():
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_sequences_longer_than_the_latent_keep_what_is_not_the_video(kit, sessions, monkeypatch, known):
+def test_sequences_longer_than_the_latent_keep_what_is_not_the_video(kit, runs, monkeypatch, known):
     """Reference frames, text: N is not F x H x W. Simulated by a latent that claims 100 tokens less. Of Wan, without a
     frame in front, the end is kept; of a model of no family both ends."""
     original = module.model_call.latent_tokens
     monkeypatch.setattr(module.model_call, "latent_tokens", lambda *args: original(*args) - 100)
     if not known:
         monkeypatch.setattr(module.families, "_by_class", dict)
-    kit.sample(kit.lite(threshold=-0.5), steps=6)
+    kit.sample(kit.lite(rule=Threshold(-0.5)), steps=6)
     kept, first = 0, True
-    for bits in sessions[0].bits.values():
+    for bits in runs[0].bits.values():
         assert bits[..., -1].all() and bits[..., -1, :].all()
         first &= bool(bits[..., 0].all() and bits[..., 0, :].all())
         kept += bits.sum().item() / bits.numel()
-    assert first is not known and kept < len(sessions[0].bits)
+    assert first is not known and kept < len(runs[0].bits)

@@ -6,7 +6,7 @@ import torch
 from host_kit import LAYERS
 from safetensors.torch import load_file, save_file
 
-from liteattention.runtime import RunHandle
+from liteattention.runtime import RunHandle, Threshold
 
 VACE_BLOCKS = 1
 
@@ -41,17 +41,17 @@ def with_control(conditioning, contexts=1):
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
-def test_every_self_attention_of_a_block_has_a_mask_of_its_own(kit, vace, sessions, contexts):
+def test_every_self_attention_of_a_block_has_a_mask_of_its_own(kit, vace, runs, contexts):
     handle = RunHandle()
     positive, negative = (with_control(c, contexts) for c in (kit.positive, kit.negative))
-    model = kit.lite(vace, handle, threshold=-0.5)
+    model = kit.lite(vace, handle, rule=Threshold(-0.5))
     out = kit.sample(model, positive=positive, negative=negative, size=(5, 16, 16))
     assert torch.isfinite(out).all()
-    sites = {(key.name, key.ordinal) for key, _ in sessions[0].passes}
+    sites = {(key.block, key.ordinal) for key, _ in runs[0].passes}
     control = {("double 0", ordinal) for ordinal in range(1, VACE_BLOCKS * contexts + 1)}
     assert sites == {(f"double {i}", 0) for i in range(LAYERS)} | control
-    assert set(sessions[0].passes.values()) == {4}, "no mask is shared by two attentions of one evaluation"
-    assert handle.receipt.taken == 4 * len(sites) and handle.receipt.skipped > 0
-    dense = kit.sample(kit.lite(vace, threshold=-30.0), positive=positive, negative=negative, size=(5, 16, 16))
+    assert set(runs[0].passes.values()) == {4}, "no mask is shared by two attentions of one evaluation"
+    assert handle.summary.sparse_calls == 4 * len(sites) and handle.summary.skipped > 0
+    dense = kit.sample(kit.lite(vace, rule=Threshold(-30.0)), positive=positive, negative=negative, size=(5, 16, 16))
     plain = kit.sample(vace, positive=positive, negative=negative, size=(5, 16, 16))
     assert (dense - plain).abs().max() < 1e-3

@@ -6,9 +6,9 @@ import comfy.model_management
 import comfy.patcher_extension
 import pytest
 import torch
-from host_kit import LAYERS, Kit
+from host_kit import LAYERS, Kit, dense_calls
 
-from liteattention.runtime import RunHandle, evaluation
+from liteattention.runtime import RunHandle, compute
 
 multigpu = pytest.importorskip("comfy.multigpu", reason="this ComfyUI has no multi-GPU workers")
 DEVICES = [torch.device("cpu"), torch.device("cpu", 0)]
@@ -45,9 +45,9 @@ def workers(other):
         pool.shutdown()
 
 
-def test_workers_share_a_run_and_no_mask(kit, workers, sessions, monkeypatch):
+def test_workers_share_a_run_and_no_mask(kit, workers, runs, monkeypatch):
     """Split by conditioning the run gives what it gives in one thread; masks are made in the workers."""
-    attention, threads = evaluation.lite_attention, set()
+    attention, threads = compute.lite_attention, set()
 
     def watched(*args, **kwargs):
         threads.add(threading.current_thread())
@@ -55,26 +55,26 @@ def test_workers_share_a_run_and_no_mask(kit, workers, sessions, monkeypatch):
         return attention(*args, **kwargs)
 
     together = kit.sample(kit.lite(), batch=2)
-    monkeypatch.setattr(evaluation, "lite_attention", watched)
+    monkeypatch.setattr(compute, "lite_attention", watched)
     handle = RunHandle()
     apart = kit.sample(workers(kit.lite(handle=handle)), batch=2)
     assert len(threads) == 2 and threading.main_thread() not in threads
     assert (apart - together).abs().max() < 1e-4
-    receipt = handle.receipt
-    assert receipt.evaluations == 2 * 4 and receipt.taken == 2 * 4 * LAYERS and receipt.skipped > 0
-    assert receipt.left == {"cross-attention": receipt.taken} and not receipt.notes
-    assert set(sessions[1].passes.values()) == {4} and len({key.model for key, _ in sessions[1].passes}) == 2
+    summary = handle.summary
+    assert summary.forward_passes == 2 * 4 and summary.sparse_calls == 2 * 4 * LAYERS and summary.skipped > 0
+    assert dense_calls(summary) == {"cross-attention": summary.sparse_calls} and not summary.notes
+    assert set(runs[1].passes.values()) == {4} and len({key.model for key, _ in runs[1].passes}) == 2
 
-    def by_row(session):
-        return {(key.name, *row[1:]): bits for (key, row), bits in session.bits.items()}
+    def by_row(run):
+        return {(key.name, *row[1:]): bits for (key, row), bits in run.bits.items()}
 
-    one, many = by_row(sessions[0]), by_row(sessions[1])
+    one, many = by_row(runs[0]), by_row(runs[1])
     assert one.keys() == many.keys() and len(one) == 4 * LAYERS
     assert all(torch.equal(one[name], many[name]) for name in one)
-    assert receipt.skipped == pytest.approx(sessions[0].close().skipped, abs=1e-9)
+    assert summary.skipped == pytest.approx(runs[0].close().skipped, abs=1e-9)
 
 
-def test_an_interrupt_in_a_worker_ends_the_run_clean(kit, workers, sessions):
+def test_an_interrupt_in_a_worker_ends_the_run_clean(kit, workers, runs):
     alone = kit.sample(kit.lite())
     calls = []
 
@@ -89,5 +89,5 @@ def test_an_interrupt_in_a_worker_ends_the_run_clean(kit, workers, sessions):
     model = kit.lite(base)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         kit.sample(workers(model))
-    assert not sessions[-1].masks.all_masks() and sessions[-1].close().steps_done == 2
+    assert not runs[-1].masks.all_masks() and runs[-1].close().steps_done == 2
     assert torch.equal(kit.sample(model), alone)

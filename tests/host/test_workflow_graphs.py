@@ -14,8 +14,8 @@ from liteattention.tools.server import ROOT, ComfyServer, PromptFailed
 COMFY = find_comfyui()
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 GRAPHS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
-DEMO, CALIBRATION = "liteattention_tiny_demo", "liteattention_calibration"
-MUTED, ACTIVE = 2, 0
+DEMO = "liteattention_tiny_demo"
+MUTED = 2
 LOAD_AND_CONVERT = """
 const [graph, name, done] = arguments;
 (async () => {
@@ -91,16 +91,8 @@ def blocked(server):
         server.wait(prompt_id, 60)
 
 
-def unmuted(graph):
-    graph = copy.deepcopy(graph)
-    for node in graph["nodes"]:
-        node["mode"] = ACTIVE
-    return graph
-
-
 def test_the_server_accepts_every_workflow_and_refuses_a_wrong_name(blocked, known):
-    graphs = {**GRAPHS, "calibration, both parts": unmuted(GRAPHS[CALIBRATION])}
-    for name, graph in graphs.items():
+    for name, graph in GRAPHS.items():
         answer = blocked.post("/prompt", {"prompt": to_prompt(graph, known)})
         assert not answer["node_errors"], name
         assert any(entry[1] == answer["prompt_id"] for entry in blocked.get("/queue")["queue_pending"]), "nothing ran"
@@ -115,9 +107,9 @@ def test_the_demo_runs_to_the_end(server, known):
     outputs = server.run(to_prompt(GRAPHS[DEMO], known), timeout_s=300)
     pictures = [entry for output in outputs.values() for entry in output.get("images", ())]
     assert len(pictures) == 3 and all(server.output_file(entry).stat().st_size > 0 for entry in pictures)
-    receipt = server.receipts()[-1]
-    assert receipt["taken"] > 0 and receipt["skipped"] > 0.1
-    assert set(receipt["left"]) <= {"cross-attention", "warm-up step"}, "as the note in the graph says"
+    summary = server.summaries()[-1]
+    assert summary["taken"] > 0 and summary["skipped"] > 0.1
+    assert set(summary["left"]) <= {"cross-attention", "warm-up step"}, "as the note in the graph says"
 
 
 def on_the_tiny_model(prompt, **values):
@@ -153,25 +145,6 @@ def test_report_and_compare_run_to_the_end(server, known):
     texts = [outputs[key]["text"][0] for key, node in prompt.items() if node["class_type"] == "PreviewAny"]
     assert any("attention calls taken" in text and "Sampling took" in text for text in texts)
     assert any("PSNR" in text and "SSIM" in text for text in texts)
-
-
-def test_calibration_runs_to_the_end_and_its_profile_is_used(server, known):
-    graph = GRAPHS[CALIBRATION]
-    names = {"filename": "tiny", "profile_name": "tiny.safetensors"}
-    server.run(on_the_tiny_model(to_prompt(graph, known), **names), timeout_s=300)
-    assert (server.base / "models" / "lite_attention" / "tiny.safetensors").stat().st_size > 0
-    second = unmuted(graph)
-    first_part = ("LiteAttentionCalibrate", "LiteAttentionSaveProfile")
-    calibrated = next(node for node in second["nodes"] if node.get("title") == "Calibrating run")
-    for node in second["nodes"]:
-        if node["type"] in first_part or node is calibrated:
-            node["mode"] = MUTED
-    outputs = server.run(on_the_tiny_model(to_prompt(second, known), log_details=True, **names), timeout_s=300)
-    video = next(entry for output in outputs.values() for entry in output.get("images", ()))
-    assert server.output_file(video).stat().st_size > 0
-    receipt = server.receipts()[-1]
-    assert receipt["rule"].startswith("profile") and receipt["taken"] > 0
-    assert set(receipt["left"]) <= {"cross-attention", "warm-up step"}
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +199,7 @@ def test_a_run_in_the_frontend_shows_text_report_and_comparison(server, browser)
             node["widgets_values"][4] = 128  # min_tokens
     found = browser.execute_async_script(LOAD_AND_CONVERT, json.dumps(graph), "small demo")
     assert "error" not in found
-    before, texts = len(server.receipts()), []
+    before, texts = len(server.summaries()), []
     browser.execute_script("""
         const button = document.querySelector('[data-testid=queue-button]');  // not in every frontend
         if (button) button.click(); else app.queuePrompt(0);""")
@@ -239,7 +212,7 @@ def test_a_run_in_the_frontend_shows_text_report_and_comparison(server, browser)
             return node.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? ''""")
         if text and text not in texts:
             texts.append(text)
-    assert any(text.startswith("step ") for text in texts) and len(server.receipts()) == before + 1
+    assert any(text.startswith("step ") for text in texts) and len(server.summaries()) == before + 1
     shown = """
         return ['LiteAttentionReport', 'LiteAttentionCompare'].map(type => {
           const node = app.graph.nodes.find(node => node.type === type);

@@ -46,13 +46,3 @@ def place(backend, device):
     """Where the inputs of this backend lie."""
     return device if backend == "triton" else torch.device("cpu")
 
-
-@pytest.fixture
-def grouped(monkeypatch):
-    """The torch backend computes as on an accelerator: many query tiles at once, padded to the longest."""
-    from liteattention.kernels import torch_attention
-
-    group = torch_attention._groups
-    monkeypatch.setattr(torch_attention, "_groups", lambda lists, n, _: group(lists, n, torch.device("mps")))
-    monkeypatch.setattr(torch_attention, "_CPU_CHUNK", 10**6)
-    return monkeypatch

@@ -33,13 +33,13 @@ def dequantised(q, k, v, v_fp16):
     return q, k, v
 
 
-def run(inputs, mask, device, config=None, backwards=False, threshold=-4.0, skip_now=False):
+def run(inputs, mask, device, config=None, backwards=False, threshold=-4.0):
     from liteattention.kernels.triton_launch import triton_attention
 
     inputs = [x.to(device) for x in inputs]
     out = torch.empty_like(inputs[0])
     triton_attention(*inputs, out, None, [(mask, r) for r in range(mask.batch)], [backwards] * mask.batch, threshold,
-                     True, None, inputs[0].shape[-1] ** -0.5, Workspace(), None, int8=True, skip_now=skip_now,
+                     True, None, inputs[0].shape[-1] ** -0.5, Workspace(), None, int8=True,
                      config=config)
     return out.double().cpu()
 
@@ -47,8 +47,8 @@ def run(inputs, mask, device, config=None, backwards=False, threshold=-4.0, skip
 def configs():
     from liteattention.kernels.launch_table import LaunchConfig
 
-    return {"float16 P·V": LaunchConfig(pv_fp16=True), "rec1": LaunchConfig(record=1),
-            "128x128 descriptors": LaunchConfig(BLOCK_N=128, record=1, tma=True)}
+    return {"float16 P·V": LaunchConfig(pv_fp16=True), "by tile": LaunchConfig(record_in_registers=False),
+            "128x128 descriptors": LaunchConfig(BLOCK_N=128, record_in_registers=False, tma=True)}
 
 
 @pytest.mark.parametrize("name", configs())

@@ -1,6 +1,8 @@
-"""Forms of one kernel that must not differ in their results: dense loop, launch order, descriptors, early skipping."""
+"""What a launch may differ in without a difference in its results: order of programs, descriptors, torch.compile."""
 
 import dataclasses
+import math
+import threading
 
 import kernel_oracle as oracle
 import pytest
@@ -12,33 +14,21 @@ pytest.importorskip("triton", reason="Triton is not installed on this system")
 SHAPES = [(512, 512), (300, 300), (100, 700), (640, 200), (1, 1), (129, 128), (385, 385)]
 
 
-def launch(inputs, mask, device, threshold=-4.0, workspace=None, must_keep=None, backwards=False, **options):
+def launch(inputs, mask, device, threshold=-4.0, workspace=None, **options):
     from liteattention.kernels.triton_launch import triton_attention
 
     inputs = [x.to(device) for x in inputs]
     out = torch.empty_like(inputs[0])
-    rows = None if mask is None else [(mask, r) for r in range(mask.batch)]
-    triton_attention(*inputs, out, None, rows, None if mask is None else [backwards] * mask.batch, threshold,
-                     mask is not None, must_keep, inputs[0].shape[-1] ** -0.5, workspace or Workspace(), None,
-                     **options)
+    triton_attention(*inputs, out, None, [(mask, e) for e in range(mask.batch)], [False] * mask.batch, threshold, True,
+                     None, inputs[0].shape[-1] ** -0.5, workspace or Workspace(), None, **options)
     return out
 
 
 def default(device, **changes):
-    from liteattention.kernels.launch_table import CallKind, architecture, launch_config
+    from liteattention.kernels.launch_table import architecture, launch_config
 
-    config = launch_config(CallKind(architecture(torch.device(device)), 64, torch.float16, True))
+    config = launch_config(architecture(torch.device(device)), 64, torch.float16)
     return dataclasses.replace(config, **changes)
-
-
-@pytest.mark.parametrize("n_q, n_k", SHAPES)
-@pytest.mark.parametrize("block_n", [64, 128])
-def test_the_dense_loop_is_a_full_list_bit_for_bit(device, n_q, n_k, block_n):
-    inputs = oracle.make(1, 2, n_q, n_k, 64, torch.float16)
-    config = default(device, BLOCK_N=block_n)
-    dense = launch(inputs, None, device, config=config)
-    listed = launch(inputs, SkipMask.full(1, 2, n_q, n_k, device=device), device, -1e30, config=config)
-    assert torch.equal(dense, listed)
 
 
 @pytest.mark.parametrize("n_q, n_k", SHAPES)
@@ -56,22 +46,23 @@ def test_what_descriptors_cannot_take_is_loaded_by_pointers(device, monkeypatch)
     from liteattention.kernels import triton_launch
 
     made = []
-    monkeypatch.setattr(triton_launch, "_descriptor", lambda *args: made.append(args))
+    monkeypatch.setattr(triton_launch, "TensorDescriptor", lambda *args: made.append(args))
     odd = torch.randn(1, 300, 2 * 64 + 4, generator=torch.Generator().manual_seed(0)).half()
+    full = SkipMask.full(1, 2, 300, device=device)
     for x in (odd[..., 4:].unflatten(-1, (2, 64)).transpose(1, 2),             # rows of 132 elements: 264 bytes
               torch.randn(1, 300, 2 * 64 + 8).half()[..., 4:-4].unflatten(-1, (2, 64)).transpose(1, 2),  # 8-byte start
               torch.randn(1, 1, 300, 64).half().expand(1, 2, 300, 64)):
-        out = launch((x, x, x), None, device, config=default(device, tma=True))
+        out = launch((x, x, x), full.clone(), device, config=default(device, tma=True))
         exact = torch.nn.functional.scaled_dot_product_attention(*[x.double()] * 3)
         assert (out.double().cpu() - exact).abs().max() < 5e-3
     assert not made
-    launch(oracle.make(1, 2, 300, 300, 96, torch.float16), None, device, config=default(device, tma=True))
+    launch(oracle.make(1, 2, 300, 300, 96, torch.float16), full, device, config=default(device, tma=True))
     assert not made, "head_dim 96 is not one block wide"
 
 
 @pytest.mark.parametrize("n_q, n_k", [(512, 512), (1300, 700)])
-def test_the_order_of_rows_changes_nothing(device, monkeypatch, n_q, n_k):
-    """Costly rows first or not: same bits, same masks; and a shared workspace stays right from call to call."""
+def test_the_order_of_programs_changes_nothing(device, monkeypatch, n_q, n_k):
+    """Costly lists first or not: same bits, same masks; and a shared workspace stays right from call to call."""
     from liteattention.kernels import triton_launch
 
     shared = Workspace()
@@ -87,66 +78,105 @@ def test_the_order_of_rows_changes_nothing(device, monkeypatch, n_q, n_k):
     assert all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
 
 
+class Attention:
+    """In place of the last launch: keeps what it is given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.seen.append({**arguments, "programs": grid[0]})
+
+
 @pytest.mark.parametrize("n_q, n_k, density", [(1300, 2560, 0.5), (700, 5000, 0.2), (600, 600, 1.0)])
-def test_rows_start_by_cost_each_once(device, monkeypatch, n_q, n_k, density):
+@pytest.mark.parametrize("ordered", [True, False])
+def test_every_list_has_one_program_whatever_was_launched_before(device, monkeypatch, n_q, n_k, density, ordered):
+    """The longest lists first in short calls. Nothing of an earlier call has a say: each order is made anew, so a call
+    that is repeated, captured, left unfinished or made by another thread cannot leave a list out."""
     from liteattention.kernels import triton_launch
 
-    seen = []
-    classes = triton_launch.COST_CLASSES
-
-    class Attention:
-        __name__ = "attention_kernel"
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: seen.append(args)
-
-    monkeypatch.setattr(triton_launch, "attention_kernel", Attention())
+    attention = Attention()
+    monkeypatch.setattr(triton_launch, "attention_kernel", attention)
+    if not ordered:
+        monkeypatch.setattr(triton_launch, "COST_ORDER_MAX_TOKENS", 0)
     workspace = Workspace()
-    for seed in range(3):
+    x, y = torch.zeros(1, 2, n_q, 64, dtype=torch.float16), torch.zeros(1, 2, n_k, 64, dtype=torch.float16)
+    for seed in (0, 0, 1):
         mask = SkipMask.from_bool(oracle.holes(1, 2, n_q, n_k, density, seed), n_q, n_k).to(device)
-        x = torch.zeros(1, 2, n_q, 64, dtype=torch.float16)
-        y = torch.zeros(1, 2, n_k, 64, dtype=torch.float16)
         launch((x, y, y), mask, device, workspace=workspace)
-        n_rows = 2 * -(-n_q // 128)
-        counts, order, turn = seen[-1][10][:n_rows].tolist(), seen[-1][11].tolist(), seed % 2
-        sizes = order[turn * classes:(turn + 1) * classes]
-        rows = [order[2 * classes + c * n_rows + i] for c, size in enumerate(sizes) for i in range(size)]
-        assert sorted(rows) == list(range(n_rows))
-        k_tiles = -(-n_k // 128)
-        ranks = [min(counts[r] * classes // k_tiles, classes - 1) for r in rows]
-        assert ranks == sorted(ranks, reverse=True)
-        assert order[(1 - turn) * classes:(2 - turn) * classes] == [0] * classes, "ready for the next call"
+    for call in attention.seen:
+        order, counts = call["order_ptr"].tolist(), call["counts_ptr"].tolist()
+        assert sorted(order) == list(range(call["programs"])) and len(counts) == call["programs"]
+    lengths = [counts[i] for i in order]
+    assert lengths == sorted(lengths, reverse=True) if ordered else order == sorted(order)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("n_q, n_k", [(512, 512), (300, 900)])
-def test_skipping_at_once_decides_alike_and_leaves_out_what_it_dropped(device, n_q, n_k, int8):
-    inputs = oracle.make(1, 2, n_q, n_k, 64, torch.float16)
-    masks = [SkipMask.full(1, 2, n_q, n_k, device=device) for _ in range(2)]
-    config = default(device, branch=True, BLOCK_N=128)
-    late, early = (launch(inputs, mask, device, skip_now=now, int8=int8, config=config)
-                   for mask, now in zip(masks, (False, True), strict=True))
-    assert torch.equal(masks[0].words, masks[1].words)
-    kept = masks[0].to_bool().cpu()
-    assert 0 < kept.sum() < kept.numel()
-    assert not torch.equal(late, early)
-    if not int8:
-        exact = oracle.attention(*inputs, kept, -1e30).out
-        assert (early.double().cpu() - exact).abs().max() < 5e-3, "the result is that over the tiles that stay"
+def test_two_threads_on_one_workspace_lose_nothing(device):
+    """Their launches in turns (one at a time, as streams of a device keep them): every row of both is computed."""
+    inputs = oracle.make(1, 2, 640, 640, 64, torch.float16)
+    alone = SkipMask.full(1, 2, 640, device=device)
+    expected = launch(inputs, alone, device)
+    shared, lock, found = Workspace(), threading.Lock(), []
+
+    def work():
+        for _ in range(2):
+            mask = SkipMask.full(1, 2, 640, device=device)
+            with lock:
+                out = launch(inputs, mask, device, workspace=shared)
+            found.append((out, mask.words))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(torch.equal(out, expected) and torch.equal(words, alone.words) for out, words in found)
 
 
-def test_skipping_at_once_gives_way_to_must_keep(device):
-    inputs = oracle.make(1, 1, 512, 512, 64, torch.float16)
-    must_keep, config = MustKeep(keys=((300, 301),)), default(device, branch=True)
-    outs = [launch(inputs, SkipMask.full(1, 1, 512, device=device), device, skip_now=now, must_keep=must_keep,
-                   config=config) for now in (False, True)]
+@pytest.mark.parametrize("in_registers", [True, False])
+@pytest.mark.parametrize("criterion", ["max", "mass"])
+@pytest.mark.parametrize("threshold", [-4.0, -math.inf])
+@pytest.mark.parametrize("pool_skipped", [False, True])
+def test_a_call_that_does_not_record_changes_no_bit_of_its_mask(device, monkeypatch, in_registers, criterion, threshold,
+                                                               pool_skipped):
+    """It runs the recording kernel, which can only set bits that are set: also for NaN and Inf, under must-keep ranges,
+    and where not a single tile is active."""
+    from liteattention.kernels import triton_launch
+
+    config = default(device, record_in_registers=in_registers)
+    monkeypatch.setattr(triton_launch, "launch_config", lambda *kind: config)
+    inputs = list(oracle.make(2, 2, 400, 700, 64, torch.float16))
+    inputs[0][0, 0, 5, 3], inputs[1][0, 1, 300, 0], inputs[1][1, 0, 690, 2] = math.nan, math.inf, -math.inf
+    start = oracle.holes(2, 2, 400, 700, 0.5)
+    start[1, 1, 2] = False
+    mask = SkipMask.from_bool(start, 400, 700).to(device)
+    words = mask.words.clone()
+    for passes in (0, 1):
+        mask.passes = [passes] * 2
+        lite_attention(*(x.to(device) for x in inputs), mask, threshold=threshold, criterion=criterion, record=False,
+                       must_keep=MustKeep(keys=((0, 200),), queries=((0, 1),)), pool_skipped=pool_skipped,
+                       backend="triton")
+        assert torch.equal(mask.words, words) and mask.passes == [passes] * 2
+
+
+def test_a_call_that_does_not_record_gives_the_result_of_one_that_does(backend, place):
+    inputs = [x.to(place) for x in oracle.make(1, 2, 400, 400, 64, torch.float16)]
+    start = SkipMask.from_bool(oracle.holes(1, 2, 400, 400, 0.7), 400, 400).to(place)
+    outs = [lite_attention(*inputs, start.clone(), threshold=-4.0, record=record, backend=backend)
+            for record in (True, False)]
     assert torch.equal(*outs)
 
 
-def test_skipping_at_once_is_asked_for(device):
-    """`lite_attention` computes what it drops unless told otherwise."""
-    inputs = [x.to(device) for x in oracle.make(1, 1, 512, 512, 64, torch.float16)]
-    outs = [lite_attention(*inputs, SkipMask.full(1, 1, 512, device=device), threshold=-4.0, backend="triton",
-                           skip_now=now) for now in (False, True)]
-    assert torch.equal(outs[0], launch(inputs, SkipMask.full(1, 1, 512, device=device), device))
-    assert not torch.equal(*outs)
+def test_the_bare_function_can_stand_in_a_compiled_one(backend, place):
+    """torch.compile leaves it alone: same result, and a mask that was recorded."""
+    inputs = [x.to(place) for x in oracle.make(1, 2, 400, 400, 64, torch.float16)]
+    masks = [SkipMask.full(1, 2, 400, device=place) for _ in range(2)]
+
+    def block(q, k, v, mask):
+        return lite_attention(q * 1, k, v, mask, threshold=-4.0, backend=backend) + 1
+
+    compiled = torch.compile(block, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(*inputs, masks[0]), block(*inputs, masks[1]))
+    assert torch.equal(masks[0].words, masks[1].words) and masks[0].passes == [2] and masks[0].density() < 1

@@ -1,6 +1,5 @@
 """The mass criterion: decisions against the oracle, and the bound that it promises."""
 
-import dataclasses
 import math
 
 import kernel_oracle as oracle
@@ -40,8 +39,8 @@ def test_decisions_are_those_of_the_oracle(backend, device, n_q, n_k, d, dtype, 
         assert expected.keep.sum() < start.sum()
 
 
-@pytest.mark.parametrize("block_n, record", [(128, 1), (64, 3), (32, 1), (16, 3)])
-def test_the_compute_tile_does_not_change_a_decision(device, block_n, record):
+@pytest.mark.parametrize("block_n, in_registers", [(128, False), (64, True), (32, False), (16, True)])
+def test_the_compute_tile_does_not_change_a_decision(device, block_n, in_registers):
     """The sum over the parts of a mask tile decides, not a part: 300 keys leave a last tile of one part and a bit."""
     pytest.importorskip("triton", reason="Triton is not installed on this system")
     from liteattention.kernels.launch_table import LaunchConfig
@@ -52,8 +51,8 @@ def test_the_compute_tile_does_not_change_a_decision(device, block_n, record):
     expected = oracle.attention(*(x.cpu() for x in inputs), start, -6.0, mass=True)
     mask = SkipMask.from_bool(start, 300, 610).to(device)
     triton_attention(*inputs, torch.empty_like(inputs[0]), None, [(mask, 0)], [False], -6.0, True, None, 0.125,
-                     Workspace(), None, mass=True, config=dataclasses.replace(LaunchConfig(), BLOCK_N=block_n,
-                                                                             record=record))
+                     Workspace(), None, mass=True,
+                     config=LaunchConfig(BLOCK_N=block_n, record_in_registers=in_registers))
     clear = expected.margin > MARGIN
     assert torch.equal(mask.to_bool().cpu()[clear], expected.keep[clear]) and expected.keep.sum() < start.sum()
 

@@ -130,9 +130,9 @@ def test_a_workspace_grows_and_is_kept(place):
     assert workspace.buffer("list", 300, torch.int16, place).numel() >= 300
     workspace.buffer("count", 10, torch.int32, place)
     assert workspace.nbytes == 640 and len(entered) == 3
-    table = workspace.row_table(((2**40, 1), (5, 0)), place)
+    table = workspace.mask_table(((2**40, 1), (5, 0)), place)
     assert table.dtype == torch.int64 and table.tolist() == [[2**40, 1], [5, 0]]
-    assert workspace.row_table(((2**40, 1), (5, 0)), place) is table
+    assert workspace.mask_table(((2**40, 1), (5, 0)), place) is table
     must = MustKeep(keys=((0, 10),))
     assert workspace.must_words(must, 300, 300, place).tolist() == [[1]] * 3
     held = workspace.must_words(must, 300, 300, place)
@@ -148,13 +148,13 @@ def test_tables_of_a_workspace_are_limited(place, monkeypatch):
     workspace = Workspace()
     monkeypatch.setattr(workspace_module, "_TABLE_LIMIT", 8)
     for i in range(30):
-        assert workspace.row_table(((i, 0),), place).tolist() == [[i, 0]]
+        assert workspace.mask_table(((i, 0),), place).tolist() == [[i, 0]]
     assert workspace.nbytes == 8 * 16
 
 
 def test_what_a_workspace_keeps_can_be_written_outside_inference_mode(place):
     with torch.inference_mode():
         workspace = Workspace()
-        held = [workspace.buffer("list", 8, torch.int16, place), workspace.row_table(((1, 0),), place),
+        held = [workspace.buffer("list", 8, torch.int16, place), workspace.mask_table(((1, 0),), place),
                 workspace.must_words(MustKeep(keys=((0, 1),)), 300, 300, place)]
     assert not any(x.is_inference() for x in held)

@@ -1,4 +1,4 @@
-"""Stand-ins for skipped tiles: results and decisions against the oracle, and what must not change."""
+"""Pooled keys and values: results and decisions against the oracle, and what must not change."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from liteattention.kernels import SkipMask, Workspace, lite_attention, tiles
-from liteattention.kernels.pooled import summarize
+from liteattention.kernels.pooled import pool_tiles
 
 MARGIN = 5e-3
 SHAPES = [(512, 512, 64, torch.float16), (300, 300, 128, torch.float16), (130, 700, 64, torch.float32),
@@ -41,19 +41,19 @@ def run(backend, device, inputs, start, threshold=-math.inf, criterion="max", **
 def test_results_are_those_of_the_oracle(backend, device, n_q, n_k, d, dtype):
     inputs = smooth(n_q, n_k, d, dtype)
     start = oracle.holes(2, 2, n_q, n_k, 0.5)
-    start[0, 0, 0] = False  # a query tile that only stand-ins serve
+    start[0, 0, 0] = False  # a query tile that has pooled keys only
     expected = oracle.attention(*inputs, start, -math.inf, pool_skipped=True)
     (out, lse), _ = run(backend, device, inputs, start, record=False, return_lse=True)
     assert (out.double() - expected.out).abs().max() < (1e-2 if dtype == torch.float16 else 1e-4)
     assert (lse.double() - expected.lse).abs().max() < 5e-3
     if n_k > 512:
         plain = oracle.attention(*inputs, start, -math.inf)
-        assert (plain.out - expected.out).abs().max() > 0.1, "the data needs stand-ins"
+        assert (plain.out - expected.out).abs().max() > 0.1, "the data needs pooling"
 
 
 @pytest.mark.parametrize("n_q, n_k, d, dtype", SHAPES[:4])
 @pytest.mark.parametrize("criterion, threshold", [("max", -3.0), ("mass", -4.0)])
-def test_decisions_weigh_what_is_at_stake(backend, device, n_q, n_k, d, dtype, criterion, threshold):
+def test_decisions_weigh_what_pooling_loses(backend, device, n_q, n_k, d, dtype, criterion, threshold):
     q, k, v = oracle.make(2, 2, n_q, n_k, d, torch.float32)
     strength = torch.zeros_like(k)
     strength[..., 0] = oracle.strengths(n_k)
@@ -99,13 +99,13 @@ def test_the_covariance_earns_its_place():
     out, _ = run("torch", "cpu", (q, k, v), start, record=False)
     independent = v[..., torch.randperm(640, generator=torch.Generator().manual_seed(5)), :]
     assert (out - dense).norm() < 0.1 * dense.norm()
-    assert summarize(k, v).shift.norm() > 2 * summarize(k, independent).shift.norm()
+    assert pool_tiles(k, v).shift.norm() > 2 * pool_tiles(k, independent).shift.norm()
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(130, 900), seed=st.integers(0, 10**6), budget=st.sampled_from([0.3, 0.1, 0.02]),
        sharp=st.floats(0.1, 8), spread=st.floats(0.0, 2.0))
-def test_no_row_loses_more_than_the_budget_over_its_stake(n, seed, budget, sharp, spread):
+def test_no_row_loses_more_than_the_budget_over_what_pooling_loses(n, seed, budget, sharp, spread):
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, 1, n, 64, generator=generator) for _ in range(3))
     k = spread * k + sharp * torch.randn(tiles(n), 64, generator=generator).repeat_interleave(128, 0)[:n] / 4
@@ -113,8 +113,8 @@ def test_no_row_loses_more_than_the_budget_over_its_stake(n, seed, budget, sharp
     _, kept = run("torch", "cpu", (q, k, v), full, math.log2(budget / tiles(n)), "mass")
     weights = torch.softmax(q.double() @ k.double().mT / 8, -1)
     lost = (weights * ~kept[:, :, torch.arange(n) // 128][..., torch.arange(n) // 128]).sum(-1)
-    stake = (1 - torch.exp(-oracle.variance(q[0, 0].double() / 8, k[0, 0].double()))).clamp(1 / 64, 1)
-    assert (lost * stake <= budget * (1 + 1e-3)).all()
+    lost_share = (1 - torch.exp(-oracle.variance(q[0, 0].double() / 8, k[0, 0].double()))).clamp(1 / 64, 1)
+    assert (lost * lost_share <= budget * (1 + 1e-3)).all()
 
 
 @pytest.mark.parametrize("n, d", [(700, 64), (515, 128), (300, 96)])
@@ -148,7 +148,7 @@ def test_constant_keys_and_values(backend, device):
     assert not (kept & ~start).any()
 
 
-def test_nan_in_a_skipped_tile_reaches_every_row_that_stands_it_in(backend, device):
+def test_nan_in_a_skipped_tile_reaches_every_row_that_pools_it(backend, device):
     inputs = smooth(256, 512, 64, torch.float16)
     inputs[2][0, 0, 200, 5] = math.nan
     start = torch.ones(2, 2, 2, 4, dtype=torch.bool)

@@ -6,7 +6,8 @@ import kernel_oracle as oracle
 import pytest
 import torch
 
-from liteattention.kernels import MustKeep, SkipMask, Workspace, lite_attention
+from liteattention.kernels import MustKeep, SkipMask, Workspace, lite_attention, torch_attention
+from liteattention.kernels.torch_tiles import attend_part
 
 F16 = torch.float16
 
@@ -173,10 +174,11 @@ def test_counting_and_workspace(backend, device):
 def test_the_torch_backend_multiplies_in_proportion_to_density(monkeypatch):
     inputs, _ = setup("torch", None, n=1280)
     counted = []
-    bmm, baddbmm = torch.bmm, torch.Tensor.baddbmm_
-    monkeypatch.setattr(torch, "bmm", lambda a, b: counted.append(b.shape[-1]) or bmm(a, b))
-    monkeypatch.setattr(torch.Tensor, "baddbmm_",
-                        lambda self, a, b: counted.append(b.shape[-2]) or baddbmm(self, a, b))
+    mm, addmm = torch.mm, torch.Tensor.addmm_
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: counted.append(b.shape[-1]) or mm(a, b, out=out))
+    monkeypatch.setattr(torch.Tensor, "addmm_",
+                        lambda self, a, b: counted.append(b.shape[-2]) or addmm(self, a, b))
+    monkeypatch.setattr(torch_attention, "scripted", lambda device_type: attend_part)
     work = {}
     for density in (1.0, 0.5, 0.1):
         bits = torch.rand(1, 2, 10, 10, generator=torch.Generator().manual_seed(0)) < density
@@ -195,7 +197,7 @@ class Broken:
         raise RuntimeError("launch failed")
 
 
-@pytest.mark.parametrize("kernel", ["expand_kernel", "attention_kernel"])
+@pytest.mark.parametrize("kernel", ["tile_list_kernel", "attention_kernel"])
 def test_a_failed_launch_resets_the_masks_it_had_opened(device, monkeypatch, kernel):
     pytest.importorskip("triton", reason="Triton is not installed on this system")
     from liteattention.kernels import triton_launch
@@ -216,7 +218,7 @@ def test_a_failed_launch_resets_the_masks_it_had_opened(device, monkeypatch, ker
     assert computed.item() == 0
 
 
-BLOCKS = [(128, 128, 1), (128, 64, 3), (128, 32, 1), (64, 64, 3), (64, 128, 3), (32, 16, 3)]
+BLOCKS = [(128, 128, False), (128, 64, True), (128, 32, False), (64, 64, True), (64, 128, True), (32, 16, True)]
 
 
 @pytest.mark.parametrize("n_q, n_k, dtype, threshold, blocks", [
@@ -225,7 +227,7 @@ BLOCKS = [(128, 128, 1), (128, 64, 3), (128, 32, 1), (64, 64, 3), (64, 128, 3), 
     (100, 33 * 128 + 10, torch.float16, -3.0, BLOCKS[:2] + BLOCKS[3:4]),
 ], ids=["fp16", "fp32 threshold 0", "two words"])
 def test_masks_do_not_depend_on_the_compute_tile(device, n_q, n_k, dtype, threshold, blocks):
-    """BLOCK_M, BLOCK_N and the recording form change the launch, not one decision."""
+    """BLOCK_M, BLOCK_N and where decisions are recorded change the launch, not one decision."""
     pytest.importorskip("triton", reason="Triton is not installed on this system")
     from liteattention.kernels.launch_table import LaunchConfig
     from liteattention.kernels.triton_launch import triton_attention
@@ -233,11 +235,11 @@ def test_masks_do_not_depend_on_the_compute_tile(device, n_q, n_k, dtype, thresh
     inputs = [x.to(device) for x in oracle.make(1, 1, n_q, n_k, 64, dtype)]
     start = SkipMask.from_bool(oracle.holes(1, 1, n_q, n_k, 0.8), n_q, n_k).to(device)
     found = []
-    for block_m, block_n, record in blocks:
+    for block_m, block_n, in_registers in blocks:
         mask = start.clone()
         out = torch.empty_like(inputs[0])
         triton_attention(*inputs, out, None, [(mask, 0)], [False], threshold, True, None, 0.125, Workspace(), None,
-                         config=LaunchConfig(block_m, block_n, 8, 2, record))
+                         config=LaunchConfig(block_m, block_n, 8, 2, in_registers))
         found.append((out, mask.words))
     expected = oracle.attention(*(x.cpu() for x in inputs), start.to_bool().cpu(), threshold)
     assert expected.margin.min() > 2e-3, "choose another seed: a decision is too close to call"

@@ -8,14 +8,28 @@ import sys
 import pytest
 from support import pins
 from support.compiling import compile_all
-from support.variants import AMD, NVIDIA, SHARED_LIMIT, Variant, amd_gate_variants, gate_variants
+from support.variants import (
+    AMD,
+    KERNELS,
+    NVIDIA,
+    SHARED_LIMIT,
+    all_variants,
+    amd_gate_variants,
+    default_variants,
+    gate_variants,
+    variants,
+)
 
-READ = Variant("sm_89", "read")
-ROW = {"launch": "128x64 w8 s2", "spill": 0, "atomics": 0, "tensor": "128 HMMA.16816.F32.BF16", "notes": "",
+from liteattention.kernels import forms, selftest
+
+DEFAULT, *_ = default_variants("sm_80")
+"""The attention kernel of the form that the defaults launch for the usual call."""
+OTHER = next(variant for variant in variants("sm_80") if variant not in default_variants("sm_80"))
+ROW = {"launch": "128x64 w8 s2 registers", "spill": 0, "atomics": 3, "tensor": "128 HMMA.16816.F32.BF16", "notes": "",
        "copies": 8, "loop": 500, "registers": 240, "shared": 65536, "instructions": 1500}
 
 
-def checked(row, triton="3.6.0", variant=READ, pinned=ROW, names=None):
+def checked(row, triton="3.6.0", variant=DEFAULT, pinned=ROW, names=None):
     held = {"triton": "3.6.0", "variants": {variant.name: pinned}}
     return pins.check({variant: row}, [variant.name] if names is None else names, held, triton)
 
@@ -25,10 +39,43 @@ def test_the_shipped_table_compiles_to_what_is_pinned(static):
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_kind_of_gpu_and_form_is_in_the_gate(static):
-    assert {v.arch for v in gate_variants()} == set(NVIDIA)
-    assert {v.name for v in gate_variants()} < set(static.names()) == set(pins.load()["variants"])
-    assert {v.form for v in gate_variants()} >= {"dense", "read", "record", "branch", "mass", "quantize"}
+def test_pins_gate_and_self_test_hold_what_is_launched_and_nothing_else(static):
+    """All three are made from `forms`: the defaults of every architecture with each single deviation are pinned, the
+    defaults of each and the deviations on one GPU of each kind are compiled at every push, and a user's GPU checks its
+    own defaults and deviations."""
+    assert set(static.names()) == set(pins.load()["variants"])
+    for arch in NVIDIA:
+        attention = [variant.form for variant in variants(arch) if variant.kernel == "attention"]
+        assert len(attention) == len(set(attention)) and set(attention) == set(forms.near_defaults(arch))
+        assert {v.form for v in all_variants(arch)} == set(forms.launchable(arch))
+        assert set(default_variants(arch)) <= set(gate_variants()) & set(variants(arch))
+        assert {v.form for v in default_variants(arch)} == set(forms.default_forms(arch))
+        assert {v.kernel for v in variants(arch)} >= set(KERNELS) - {"channel sum", "quantize"}
+    assert set(gate_variants()) < {variant for arch in NVIDIA for variant in variants(arch)}
+    assert {v.kernel for v in gate_variants()} == set(KERNELS)
+
+
+def test_the_table_knows_the_nodes_defaults_and_everything_that_is_served():
+    from liteattention.kernels import CRITERIA, DTYPES, HEAD_DIMS, PRECISIONS
+    from liteattention.runtime.config import LiteAttentionConfig
+
+    config = LiteAttentionConfig()
+    first = {name: values[0] for name, values in forms.CHOICES.items()}
+    assert first["criterion"] == config.rule.skip_test(None, 0, 1024).criterion
+    assert (first["precision"], first["pool_skipped"]) == (config.precision, config.pool_skipped)
+    served = {"criterion": CRITERIA, "precision": PRECISIONS, "head_dim": HEAD_DIMS, "dtype": DTYPES}
+    assert {name: set(values) for name, values in served.items()} == {name: set(forms.CHOICES[name]) for name in served}
+
+
+def test_the_self_test_of_a_gpu_checks_the_pinned_forms(monkeypatch):
+    from liteattention import kernels
+    from liteattention.kernels import launch_table
+
+    for arch in NVIDIA:
+        monkeypatch.setattr(launch_table, "architecture", lambda device, arch=arch: arch)
+        assert selftest.checked_forms(kernels, "cuda:0", plain=False) == forms.near_defaults(arch)
+        plain = selftest.checked_forms(kernels, "cuda:0", plain=True)
+        assert not any(form.pool_skipped for form in plain) and len(plain) == len(set(plain))
 
 
 def test_amd_compiles(static):
@@ -60,11 +107,11 @@ def test_what_is_pinned_passes():
     ("copies", 4, "copies was 8, is 4"),
     ("copies", 9, "copies was 8, is 9"),
     ("tensor", "64 HMMA.16816.F32.BF16", "tensor was 128 HMMA.16816.F32.BF16, is 64 HMMA.16816.F32.BF16"),
-    ("launch", "64x64 w4 s2", "launch was 128x64 w8 s2, is 64x64 w4 s2"),
+    ("launch", "64x64 w4 s2", "launch was 128x64 w8 s2 registers, is 64x64 w4 s2"),
 ])
 def test_a_difference_names_variant_figure_and_both_values(figure, value, said):
     (message,) = checked({**ROW, figure: value})
-    assert message == f"sm_89 read d128 bf16 ragged: {said}. If it is meant: python benchmarks/static.py --pin"
+    assert message == f"{DEFAULT.name}: {said}. If it is meant: python benchmarks/static.py --pin"
 
 
 def test_two_programs_on_an_sm_stay_two():
@@ -74,23 +121,25 @@ def test_two_programs_on_an_sm_stay_two():
 
 
 @pytest.mark.parametrize("figure, value, said", [
-    ("spill", 4, "spill is 4 bytes, at most 0"),
-    ("shared", 100 * 1024, "shared is 100.0 KiB, sm_89 has 99"),
-    ("atomics", 1, "atomics is 1 in a kernel that only reads its mask"),
+    ("spill", 4, "spill is 4, at most 0"),
+    ("shared", 164 * 1024, "shared is 164.0 KiB, sm_80 has 163"),
     ("notes", "C7515", "the assembler serialises wgmma (C7515)"),
     ("copies", 0, "copies is 0: the main loop waits for every tile of k and v"),
     ("tensor", None, "there is no loop with tensor instructions"),
 ])
 def test_hard_limits_hold_whatever_is_pinned_and_whichever_triton(figure, value, said):
     row = {**ROW, figure: value}
-    assert checked(row, "3.7.0", pinned=row) == checked(row, pinned=row) == [f"sm_89 read d128 bf16 ragged: {said}"]
+    assert checked(row, "3.7.0", pinned=row) == checked(row, pinned=row) == [f"{DEFAULT.name}: {said}"]
 
 
-def test_limits_know_their_variants():
-    assert checked({**ROW, "atomics": 3}, "3.7.0", Variant("sm_89", "record")) == []
-    assert checked({**ROW, "spill": 20}, "3.7.0", Variant("sm_90", "read", dtype="fp32")) == []
-    assert len(checked({**ROW, "spill": 24}, "3.7.0", Variant("sm_90", "read", dtype="fp32"))) == 1
-    assert checked({"spill": 0, "shared": 0, "atomics": 0, "notes": ""}, "3.7.0", Variant("sm_89", "expand")) == []
+def test_limits_know_what_the_defaults_launch():
+    assert checked({**ROW, "spill": 4}, "3.7.0") == [f"{DEFAULT.name}: spill is 4, at most 0"]
+    assert checked({**ROW, "spill": 128, "loop_spill": 12}, "3.7.0", OTHER) == []
+    assert len(checked({**ROW, "spill": 132, "loop_spill": 13}, "3.7.0", OTHER)) == 2
+    lists = next(variant for variant in default_variants("sm_80") if variant.kernel == "tile lists")
+    assert checked({"spill": 0, "shared": 0, "atomics": 0, "notes": ""}, "3.7.0", lists) == []
+    only_assembled = default_variants("sm_103")[0]
+    assert checked({"spill": 0, "shared": 0, "notes": ""}, "3.7.0", only_assembled) == []
 
 
 def test_another_triton_leaves_the_pins_alone():
@@ -101,34 +150,34 @@ def test_another_triton_leaves_the_pins_alone():
 
 
 def test_new_and_missing_variants_are_named():
-    assert checked(ROW, names=[READ.name, "sm_89 read d256"]) == [
-        "sm_89 read d256: has no pin. If it is meant: python benchmarks/static.py --pin"]
+    assert checked(ROW, names=[DEFAULT.name, "sm_89 attention d256"]) == [
+        "sm_89 attention d256: has no pin. If it is meant: python benchmarks/static.py --pin"]
     assert checked(ROW, names=[]) == [
-        "sm_89 read d128 bf16 ragged: is pinned but no longer among the variants. If it is meant: "
+        f"{DEFAULT.name}: is pinned but no longer among the variants. If it is meant: "
         "python benchmarks/static.py --pin"]
 
 
 def test_pins_are_read_as_they_were_written(tmp_path, monkeypatch):
     monkeypatch.setattr(pins, "PINS", tmp_path / "pins.json")
-    pins.store("3.6.0", {READ.name: {**ROW, "opcodes": {"HMMA": 128}}})
-    assert pins.load() == {"triton": "3.6.0", "variants": {READ.name: ROW}}
+    pins.store("3.6.0", {DEFAULT.name: {**ROW, "opcodes": {"HMMA": 128}}})
+    assert pins.load() == {"triton": "3.6.0", "variants": {DEFAULT.name: ROW}}
     assert len(pins.PINS.read_text(encoding="utf-8").splitlines()) == 6
 
 
 def test_a_compiler_that_aborts_is_a_row_and_the_rest_goes_on(tmp_path):
     script = tmp_path / "aborts.py"
-    script.write_text("import os, sys\nfor line in sys.stdin:\n    if 'record' in line:\n        os._exit(7)\n"
+    script.write_text("import os, sys\nfor line in sys.stdin:\n    if 'max' in line:\n        os._exit(7)\n"
                       "    print('{\"spill\": 0}', flush=True)\n", encoding="utf-8")
-    rows = compile_all(str(script), [Variant("sm_100", form) for form in ("read", "record", "dense", "record")], 1)
-    assert [row.get("spill") for row in rows.values()] == [0, None, 0]
+    wanted = [variant for variant in variants("sm_80") if variant.kernel == "attention"]
+    rows = compile_all(str(script), wanted, 1)
     problem = {"problem": "the compiler ended its process, status 7"}
-    assert rows[Variant("sm_100", "record")] == problem
-    assert checked(problem) == ["sm_89 read d128 bf16 ragged: does not compile: the compiler ended its process, "
-                                "status 7"]
+    assert [variant.form.criterion for variant in wanted].count("max") == 1 and len(rows) == len(wanted) > 4
+    assert all(row == (problem if variant.form.criterion == "max" else {"spill": 0}) for variant, row in rows.items())
+    assert checked(problem) == [f"{DEFAULT.name}: does not compile: the compiler ended its process, status 7"]
 
 
 def test_a_bad_choice_is_seen(static):
-    """Per-row recording on Hopper serialises wgmma; four warps for 128 x 128 scores spill."""
+    """Recording in registers on Hopper serialises wgmma; four warps for 128 x 128 scores spill."""
     if not static.triton_version().startswith("3.6."):
         pytest.skip("what another Triton makes of these is not known")
     code = f"""
@@ -139,9 +188,9 @@ load_pack()
 from dataclasses import replace
 from support.pins import limits
 from support.sass import metrics
-from support.variants import Variant, compile_variant, config_of
-variant = Variant("sm_90", "record", ragged=False)
-for changes in ({{"record": 3}}, {{"num_warps": 4, "tma": False}}):
+from support.variants import all_variants, compile_variant, config_of
+variant = next(v for v in all_variants("sm_90") if not v.form.ragged and not v.form.pool_skipped)
+for changes in ({{"record_in_registers": True}}, {{"num_warps": 4, "tma": False}}):
     row = metrics(*compile_variant(variant, replace(config_of(variant), **changes)))
     print(json.dumps(limits(variant, row)))
 """

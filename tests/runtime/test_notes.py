@@ -1,0 +1,28 @@
+"""Notes: each once, and those about single layers gathered."""
+
+from run_kit import in_threads
+
+from liteattention.runtime.notes import Notes
+
+
+def test_a_note_is_said_once_in_the_log_and_in_the_summary(caplog):
+    notes = Notes()
+    for text in ("a", "b", "a"):
+        notes.add(text)
+    assert notes.lines() == ["a", "b"] and caplog.text.count("LiteAttention: a\n") == 1
+
+
+def test_a_note_about_layers_has_its_layer_or_their_number(caplog):
+    notes = Notes()
+    for layer in range(40):
+        notes.add("no memory", f"double {layer}")
+        notes.add("no memory", f"double {layer}")
+    notes.add("another size", "single 3")
+    assert notes.lines() == ["40 layers: no memory", "layer single 3: another size"]
+    assert caplog.text.count("no memory") == 1 and "layer double 0: no memory" in caplog.text
+
+
+def test_devices_may_note_at_once(caplog):
+    notes = Notes()
+    in_threads(lambda i: [notes.add("x", f"{i} {j}") for j in range(50)], range(8))
+    assert notes.lines() == ["400 layers: x"] and caplog.text.count("x") == 1
