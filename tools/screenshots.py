@@ -129,7 +129,7 @@ def first_run(server: Any, browser: Any) -> tuple[bytes, bytes]:
     text = "return app.graph.nodes.find(n => n.type === 'LiteAttention').widgets.at(-1).value"
     until(lambda: "step 14/20" in str(browser.execute_script(text)), 300, "step 14")
     save(browser.get_screenshot_as_png(), FIRST_RUN / "3-running.jpg")
-    until(server.receipts, 300, "the receipt")
+    until(server.summaries, 300, "the run summary")
     until(lambda: not server.get("/queue")["queue_running"], 300, "the end of the run")
     time.sleep(4)
     save(browser.get_screenshot_as_png(), FIRST_RUN / "4-done.jpg")

@@ -44,7 +44,7 @@ def test_the_demo_runs_from_what_is_published(published):
     _, running = published
     assert set(running.run(prompt)) == {"7", "9"}
     summary = running.summaries()[-1]
-    assert summary["taken"] == 20 and summary["environment"]["liteattention"] != "unknown"
+    assert summary["sparse_calls"] == 20 and summary["environment"]["liteattention"] != "unknown"
 
 
 def test_comfy_test_finds_nothing_wrong(published, tmp_path):

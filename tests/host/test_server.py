@@ -15,19 +15,18 @@ COMFY = find_comfyui()
 EXPECTED_INPUTS = {
     # id: (type, default, further options)
     "model": ("MODEL", None, {}),
-    "threshold": ("FLOAT", -10.0, {"min": -30.0, "max": 0.0, "step": 0.5}),
+    "rule": ("COMFY_DYNAMICCOMBO_V3", None, {}),
     "warmup_steps": ("INT", 2, {"min": 0, "max": 100}),
     "dense_end_steps": ("INT", 0, {"min": 0, "max": 100, "advanced": True}),
     "dense_blocks": ("STRING", "", {"advanced": True}),
     "min_tokens": ("INT", 0, {"min": 0, "advanced": True}),
-    "max_state_mb": ("INT", 512, {"advanced": True}),
-    "log_details": ("BOOLEAN", False, {"advanced": True}),
     "precision": ("COMBO", "auto", {"advanced": True, "options": ["auto", "full", "int8"]}),
-    "never_slower": ("BOOLEAN", True, {"advanced": True}),
-    "error_budget": ("FLOAT", 0.0, {"min": 0.0, "max": 1.0, "step": 0.01, "advanced": True}),
-    "refresh_every": ("INT", 0, {"min": 0, "max": 64, "advanced": True}),
     "pool_skipped": ("BOOLEAN", True, {"advanced": True}),
-    "continue_from": ("LITEATTENTION_RUN", None, {"advanced": True}),
+    "continue_from": ("LITEATTENTION_RUN", None, {}),
+}
+EXPECTED_RULES = {
+    "error budget": ("error_budget", 0.3, {"min": 0.01, "max": 1.0, "step": 0.01}),
+    "threshold": ("threshold", -10.0, {"min": -30.0, "max": 0.0, "step": 0.5}),
 }
 NODES = {"LiteAttention", "LiteAttentionReport", "LiteAttentionCompare",
          "LiteAttentionDemoModel", "LiteAttentionDemoPrompt", "LiteAttentionDemoDecode"}
@@ -43,7 +42,8 @@ def server():
 def prompt():
     """The demo's workflow, smaller: 4 steps at 5 x 16 x 16, 320 tokens, at a threshold where tiles drop."""
     workflow = json.loads((ROOT / "demo" / "workflow_api.json").read_text(encoding="utf-8"))
-    workflow["3"]["inputs"] |= {"threshold": -0.5, "error_budget": 0.0, "warmup_steps": 1, "min_tokens": 128}
+    del workflow["3"]["inputs"]["rule.error_budget"]
+    workflow["3"]["inputs"] |= {"rule": "threshold", "rule.threshold": -0.5, "warmup_steps": 1, "min_tokens": 128}
     workflow["5"]["inputs"] |= {"width": 128, "height": 128, "length": 17}
     workflow["6"]["inputs"]["steps"] = 4
     return workflow
@@ -91,7 +91,15 @@ def test_the_node_is_what_saved_workflows_expect(server):
         assert found_kind == kind and found.get("default") == default, name
         assert {k: found.get(k) for k in options} == options, name
         assert len(found["tooltip"]) > 40, name
-    assert {"sparse attention", "speed up", "wan", "video"} <= set(node["search_aliases"])
+    rules = inputs["rule"][1]["options"]
+    assert [rule["key"] for rule in rules] == list(EXPECTED_RULES), "the first one is the default"
+    for rule in rules:
+        name, default, options = EXPECTED_RULES[rule["key"]]
+        (found_name, (kind, found)), = rule["inputs"]["required"].items()
+        assert (found_name, kind, found["default"]) == (name, "FLOAT", default)
+        assert {k: found[k] for k in options} == options and len(found["tooltip"]) > 40
+    aliases = {"sparse attention", "skip attention", "speed up", "accelerate", "optimize", "wan speed"}
+    assert aliases <= set(node["search_aliases"])
 
 
 def test_every_input_of_every_node_is_explained_on_the_node_and_on_its_page(server):
@@ -114,17 +122,18 @@ def test_tooltips_name_the_defaults_that_are_there(server):
     inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
     named = {name: re.findall(r"(-?[\d.]*\d): the default", options["tooltip"])
              for name, (_, options) in inputs.items()}
-    assert named.pop("threshold") == ["-10"] and not any(named.values())
+    assert not any(named.values())
+    for rule in inputs["rule"][1]["options"]:
+        (_, (_, options)), = rule["inputs"]["required"].items()
+        assert re.findall(r"(-?[\d.]*\d): the (?:default|paper's)", options["tooltip"]) == [f"{options['default']:g}"]
     assert "never more than a quarter" in inputs["warmup_steps"][1]["tooltip"].lower()
     from liteattention.runtime.schedule import FEW_STEPS
     assert f"1 in runs of up to {FEW_STEPS} steps" in inputs["warmup_steps"][1]["tooltip"]
     from liteattention.kernels.precision import AUTO_INT8_MIN_TOKENS
-    from liteattention.runtime.dispatch import PROBE_EVERY
-    from liteattention.runtime.policy import AUTO_MIN_TOKENS, AUTO_MIN_TOKENS_DEFAULT
+    from liteattention.runtime.reasons import AUTO_MIN_TOKENS, AUTO_MIN_TOKENS_DEFAULT
 
     said = re.findall(r"(\d+) on a (CPU|GPU)", inputs["min_tokens"][1]["tooltip"])
     assert f"{AUTO_INT8_MIN_TOKENS} tokens" in inputs["precision"][1]["tooltip"]
-    assert f"every {PROBE_EVERY}th step" in inputs["never_slower"][1]["tooltip"]
     assert said == [(str(AUTO_MIN_TOKENS["cpu"]), "CPU"), (str(AUTO_MIN_TOKENS_DEFAULT), "GPU")]
 
 
@@ -143,9 +152,9 @@ def test_the_template_browser_lists_them(server):
 def test_a_prompt_skips_tiles_and_tells(server, prompt):
     latent(server, prompt, seed=11)
     summary = server.summaries()[-1]
-    assert summary["taken"] == 20 and summary["left"] == {"cross-attention": 20}
+    assert summary["sparse_calls"] == 20 and summary["dense_calls"] == {"cross-attention": 20}
     assert summary["skipped_per_step"][0] == 0 and summary["skipped_per_step"][-1] > 0
-    assert "attention calls taken" in server.log()
+    assert "20 of 20 calls sparse" in server.log()
 
 
 def test_bypassed_and_all_dense_give_the_bytes_of_a_graph_without_the_node(server, prompt):
@@ -166,13 +175,14 @@ def test_prompts_in_a_row_are_each_as_if_alone(server, prompt):
         assert alone[seed].equal(latent(server, prompt, seed))
 
 
-def test_a_prompt_of_an_older_version_still_runs(server, prompt):
-    for name in ("error_budget", "refresh_every", "pool_skipped"):
+def test_inputs_with_a_default_may_be_left_out(server, prompt):
+    for name in ("warmup_steps", "dense_end_steps", "dense_blocks", "precision", "pool_skipped"):
         del prompt["3"]["inputs"][name]
-    latent(server, prompt, seed=23)
+    with pytest.raises(PromptFailed, match="Required input is missing"):
+        latent(server, prompt, seed=23)
 
 
-def test_a_split_run_goes_on_with_its_masks_and_the_cache_is_noticed(server, prompt):
+def test_a_split_run_goes_on_with_its_masks_also_out_of_the_cache(server, prompt):
     """Two sampler nodes, the second one's run continues the first one's; also where ComfyUI has cached a part."""
     split = copy.deepcopy(prompt)
     second = split["30"] = copy.deepcopy(split["3"])
@@ -193,33 +203,31 @@ def test_a_split_run_goes_on_with_its_masks_and_the_cache_is_noticed(server, pro
         return server.summaries()[before:]
 
     unlinked = summaries(51)
-    assert unlinked[1]["skipped_per_step"][0] == 0 == unlinked[0]["carried_bytes"]
+    assert unlinked[1]["skipped_per_step"][0] == 0
     second["inputs"]["continue_from"] = ["3", 1]
-    # The first LiteAttention node comes from the cache and was set up unlinked; this prompt's graph counts.
     linked = summaries(52)
     assert linked[0]["carried_bytes"] > 0 and linked[1]["skipped_per_step"][0] > 0 and not linked[1]["notes"]
-    second["inputs"]["threshold"] = -0.75
+    second["inputs"]["rule.threshold"] = -0.75
     cached, = summaries(52)
-    assert cached["skipped_per_step"][0] == 0 and "did not happen in this prompt" in cached["notes"][0]
+    assert cached["skipped_per_step"][0] > 0 and not cached["notes"], "the first sampler's masks are still there"
     both = summaries(53)
     assert len(both) == 2 and both[1]["skipped_per_step"][0] > 0
 
 
 @pytest.mark.parametrize("name, value, said", [
     ("dense_blocks", "x", "is not a block number or range"),
-    ("threshold", float("nan"), "log2 value from -30 to 0"),
-    ("threshold", 4.0, "Did you mean -4.0?"),
+    ("rule.threshold", 4.0, "bigger than max"),
+    ("rule.threshold", -31.0, "smaller than min"),
+    ("rule", "profile", "choose error budget or threshold"),
     ("warmup_steps", -1, "smaller than min"),
     ("precision", "fp8", "not in list"),
-    ("error_budget", 1.1, "bigger than max"),
-    ("refresh_every", 65, "bigger than max"),
 ])
 def test_bad_values_are_refused_on_the_node_before_anything_runs(server, prompt, name, value, said):
     prompt["3"]["inputs"][name] = value
     with pytest.raises(PromptFailed) as caught:
         server.queue(prompt)
     errors = json.loads(str(caught.value))["node_errors"]["3"]
-    assert errors["class_type"] == "LiteAttention" and said in json.dumps(errors)
+    assert errors["class_type"] == "LiteAttention" and said in json.dumps(errors) and len(errors["errors"]) == 1
 
 
 def test_a_bad_value_that_arrives_by_a_link_stops_at_the_node(server, prompt):
@@ -247,7 +255,7 @@ def test_interrupt_in_mid_run_then_a_clean_prompt(server, prompt):
     with pytest.raises(PromptFailed, match="execution_interrupted"):
         server.wait(prompt_id, 60)
     cut = server.summaries()[before]
-    assert 0 < cut["steps_done"] < 400, "the account of what ran is there"
+    assert 0 < cut["steps_done"] < 400, "the summary of what ran is there"
     assert alone.equal(latent(server, prompt, seed=41))
 
 
@@ -257,4 +265,4 @@ def test_without_triton_the_pack_loads_and_the_workflow_completes(tmp_path, prom
     with ComfyServer(COMFY, environment={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}) as blocked:
         assert "triton is out of reach" in blocked.log() and loaded(blocked)
         latent(blocked, prompt)
-        assert blocked.summaries()[-1]["taken"] == 20
+        assert blocked.summaries()[-1]["sparse_calls"] == 20

@@ -1,4 +1,4 @@
-"""What ComfyUI hands to an override and what trips naive ones; the override driven directly."""
+"""The attention override driven directly: arguments, layouts, threads, memory, the options of a guider."""
 
 import sys
 import threading
@@ -11,6 +11,7 @@ from host_kit import LAYERS
 
 from liteattention.host import model_call
 from liteattention.runtime import LayerId, LiteAttentionConfig, RunHandle, SamplingRun, Threshold
+from liteattention.runtime.reasons import NO_LAYER
 
 module = sys.modules["liteattention.host.attach"]
 N, HEADS, D = 384, 2, 64
@@ -32,12 +33,12 @@ class Backend:
 
     def __call__(self, *args, **kwargs):
         self.calls.append((args, kwargs))
-        return "previous"
+        return "fallback"
 
 
 def options(run, owner, rows=2, **extra):
-    evaluation = run.evaluation(model="m", rows=[("uuid", i, 0) for i in range(rows)], latent_tokens=N)
-    return {module.EVALUATION_KEY: (owner, evaluation), "block_index": 0, "block_type": "double", "total_blocks": 5,
+    forward_pass = run.forward_pass(model="m", rows=[("uuid", i, 0) for i in range(rows)], video_tokens=N)
+    return {module.FORWARD_KEY: (owner, run, forward_pass), "block_index": 0, "block_type": "double", "total_blocks": 5,
             **extra}
 
 
@@ -49,36 +50,36 @@ def driven():
     run.close()
 
 
-def test_everything_is_passed_on_when_a_call_is_left(driven):
-    """Dropping `_inside_attn_wrapper` would let a wrapped function come back to us without end."""
+def test_everything_is_passed_on_when_a_call_is_dense(driven):
+    """Dropping `_inside_attn_wrapper` would let a wrapped function come back to the override without end."""
     override, run, owner = driven
     q, k, v = (x.flatten(2) for x in tensors())
     mask = torch.zeros(N, N)
     backend = Backend()
     given = {"_inside_attn_wrapper": True, "low_precision_attention": False, "scale": 0.5, "enable_gqa": True,
-             "unknown_to_us": 1, "transformer_options": options(run, owner)}
+             "unknown_name": 1, "transformer_options": options(run, owner)}
     assert override(backend, q, k, v, HEADS, mask, attn_precision="p", skip_reshape=False, skip_output_reshape=True,
-                    **given) == "previous"
+                    **given) == "fallback"
     (args, kwargs), = backend.calls
     assert args == (q, k, v, HEADS)
     assert kwargs == {**given, "mask": mask, "attn_precision": "p", "skip_reshape": False,
                       "skip_output_reshape": True}
 
 
-def test_a_wrapped_backend_does_not_come_back_to_us(driven):
+def test_a_wrapped_backend_does_not_come_back_to_the_override(driven):
     from comfy.ldm.modules.attention import optimized_attention
 
     override, run, owner = driven
     q, k, v = (x.flatten(2) for x in tensors())
     entered = []
 
-    def previous(func, *args, **kwargs):
+    def fallback(func, *args, **kwargs):
         entered.append(1)
         return optimized_attention(*args, **kwargs)
 
-    ours = module.make_override(previous, owner)
+    override_on_top = module.make_override(fallback, owner)
     chosen = options(run, owner, rows=3)
-    chosen["optimized_attention_override"] = ours
+    chosen["optimized_attention_override"] = override_on_top
     out = optimized_attention(q, k, v, heads=HEADS, transformer_options=chosen)
     assert out.shape == q.shape and entered == [1]
 
@@ -105,22 +106,22 @@ def test_layouts_and_scale_give_what_comfyuis_own_attention_gives(driven, skip_r
     assert out.shape == expected.shape and (out - expected).abs().max() < 1e-4
     theirs = attention_basic(*inputs, HEADS, **keywords)
     assert theirs.shape == out.shape
-    assert run.statistics.taken == 1
+    assert run.counters.sparse == 1
 
 
-def test_calls_without_a_block_number_are_left(driven):
+def test_calls_without_a_block_number_are_dense(driven):
     override, run, owner = driven
     q, k, v = (x.flatten(2) for x in tensors())
     for extra in ({"block_index": None}, {"block_index": "0"}):
-        assert override(Backend(), q, k, v, HEADS, transformer_options=options(run, owner, **extra)) == "previous"
-    assert run.statistics.left == {"the model does not say which layer calls": 2}
+        assert override(Backend(), q, k, v, HEADS, transformer_options=options(run, owner, **extra)) == "fallback"
+    assert run.counters.dense == {NO_LAYER: 2}
 
 
-def test_calls_outside_a_run_or_of_another_patch_are_left(driven):
+def test_calls_outside_a_run_or_of_another_patch_are_dense(driven):
     override, run, _ = driven
     q, k, v = (x.flatten(2) for x in tensors())
     for given in ({}, {"transformer_options": None}, {"transformer_options": options(run, object())}):
-        assert override(Backend(), q, k, v, HEADS, **given) == "previous"
+        assert override(Backend(), q, k, v, HEADS, **given) == "fallback"
 
 
 def test_the_override_is_a_function_and_its_state_an_object(kit):
@@ -147,29 +148,29 @@ def test_masks_made_under_inference_mode_are_updated_by_a_worker_thread(driven):
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert torch.is_tensor(results[0]) and not run.failed, run.close().notes
+    assert torch.is_tensor(results[0]) and not run.sparse.failed, run.close().notes
     assert {m.passes[0] for rows in run.masks.all_masks().values() for m in rows.values()} == {2}
 
 
-def test_threads_with_rows_of_their_own_share_a_session(driven):
+def test_threads_with_rows_of_their_own_share_a_run(driven):
     """Conditionings computed at the same time by several workers."""
     override, run, owner = driven
     alone = SamplingRun(run.config, 4)
     expected = {}
     for row in range(4):
-        held = alone.evaluation(model="m", rows=[("uuid", row, 0)], latent_tokens=N)
+        held = alone.forward_pass(model="m", rows=[("uuid", row, 0)], video_tokens=N)
         for _ in range(3):
             expected[row] = override(Backend(), *(x.flatten(2) for x in tensors(1, row)), HEADS, transformer_options={
-                module.EVALUATION_KEY: (owner, held), "block_index": 0})
-            held = alone.evaluation(model="m", rows=[("uuid", row, 0)], latent_tokens=N)
+                module.FORWARD_KEY: (owner, alone, held), "block_index": 0})
+            held = alone.forward_pass(model="m", rows=[("uuid", row, 0)], video_tokens=N)
     results, barrier = {}, threading.Barrier(4)
 
     def work(row):
         barrier.wait()
         for _ in range(3):
-            held = run.evaluation(model="m", rows=[("uuid", row, 0)], latent_tokens=N)
+            held = run.forward_pass(model="m", rows=[("uuid", row, 0)], video_tokens=N)
             results[row] = override(Backend(), *(x.flatten(2) for x in tensors(1, row)), HEADS, transformer_options={
-                module.EVALUATION_KEY: (owner, held), "block_index": 0})
+                module.FORWARD_KEY: (owner, run, held), "block_index": 0})
 
     threads = [threading.Thread(target=work, args=(row,)) for row in range(4)]
     for thread in threads:
@@ -177,7 +178,7 @@ def test_threads_with_rows_of_their_own_share_a_session(driven):
     for thread in threads:
         thread.join()
     assert all(torch.equal(results[row], expected[row]) for row in range(4))
-    assert run.statistics.taken == 12
+    assert run.counters.sparse == 12
     alone.close()
 
 
@@ -186,11 +187,11 @@ def lasting_tensors(run):
     for rows in run.masks.all_masks().values():
         for mask in rows.values():
             yield "mask", mask.words
-    for workspace in run._workspaces.values():
+    for workspace in run.sparse._workspaces.values():
         yield from workspace._buffers.items()
         for table in workspace._tables.values():
             yield "table", table
-    for blocks in run.statistics._counters.values():
+    for blocks in run.counters._counters.values():
         yield from (("counter", block) for block in blocks)
 
 
@@ -295,7 +296,7 @@ def test_sequences_longer_than_the_latent_keep_what_is_not_the_video(kit, runs, 
     original = module.model_call.latent_tokens
     monkeypatch.setattr(module.model_call, "latent_tokens", lambda *args: original(*args) - 100)
     if not known:
-        monkeypatch.setattr(module.families, "_by_class", dict)
+        monkeypatch.setattr(module.families, "FAMILIES", {})
     kit.sample(kit.lite(rule=Threshold(-0.5)), steps=6)
     kept, first = 0, True
     for bits in runs[0].bits.values():
