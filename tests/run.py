@@ -1,9 +1,10 @@
 """Set up and run every test: python tests/run.py [further pytest arguments]
 
 Several processes, because Triton decides at import whether it interprets: the kernels in Triton's interpreter, the
-kernels on the GPU where there is one, the kernels compiled for GPUs that are not here (`static`), the pack in the
-ComfyUI that is found (`host`, see tools/comfyui.py), and everything else. A test uses one core, so two processes run at
-a time, and what they print comes when each is done. With arguments they run one after the other and print as they go.
+kernels on the GPU where there is one, the kernels compiled for GPUs that are not here (`static`), the same executed on
+the CPU where its executor is (`ptx`), the pack in the ComfyUI that is found (`host`, see tools/comfyui.py), and
+everything else. A test uses one core, so two processes run at a time, and what they print comes when each is done. With
+arguments they run one after the other and print as they go.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ def main() -> int:
     import torch
 
     pytest = [sys.executable, "-m", "pytest", "-c", str(ROOT / "tests" / "pytest.ini"), "-q", *sys.argv[1:]]
-    kernels, static, host = (str(ROOT / "tests" / name) for name in ("kernels", "static", "host"))
-    others = [f"--ignore={folder}" for folder in (kernels, static, host)]
+    kernels, static, ptx, host = (str(ROOT / "tests" / name) for name in ("kernels", "static", "ptx", "host"))
+    others = [f"--ignore={folder}" for folder in (kernels, static, ptx, host)]
     runs = [("style", [sys.executable, "-m", "ruff", "check", str(ROOT)], {}),
             ("in ComfyUI", [*pytest, host], {}),
             ("kernels, interpreted", [*pytest, kernels], {"TRITON_INTERPRET": "1"}),
             ("everything else", [*pytest, str(ROOT / "tests"), *others], {}),
-            ("static gate", [*pytest, static], {"TRITON_INTERPRET": "0"})]
+            ("static gate", [*pytest, static], {"TRITON_INTERPRET": "0"}),
+            ("compiled PTX, executed", [*pytest, ptx], {"TRITON_INTERPRET": "0"})]
     if torch.cuda.is_available():
         runs.append(("kernels, on the GPU", [*pytest, kernels], {"TRITON_INTERPRET": "0"}))
     live = bool(sys.argv[1:]) or os.cpu_count() == 1
