@@ -20,6 +20,7 @@ from functools import cache, lru_cache
 from typing import TypeVar
 
 import torch
+from torch.amp import autocast, is_autocast_available
 
 Part = TypeVar("Part")
 
@@ -42,10 +43,10 @@ def run_parts(make_worker: Callable[[], Callable[[Part], None]], parts: Iterable
             none is running.
     """
     pending = deque(parts)
-    autocast = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    kind = device.type if is_autocast_available(device.type) else "cpu"
 
     def work() -> None:
-        with torch.inference_mode(), torch.autocast(autocast, enabled=False):
+        with torch.inference_mode(), autocast(kind, enabled=False):
             try:
                 compute = make_worker()
                 while pending:

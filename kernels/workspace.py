@@ -33,7 +33,7 @@ class Workspace:
         key = (name, device)
         held = self._buffers.get(key)
         if held is None or held.numel() < numel:
-            # Let go before asking: the old and the new buffer need not exist together.
+            # Freed first: the old and the new buffer need not exist together.
             self._buffers.pop(key, None)
             del held
             with self._allocating(), torch.inference_mode(False):
@@ -71,6 +71,6 @@ class Workspace:
         return sum(t.numel() * t.element_size() for held in (self._buffers, self._tables) for t in held.values())
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Free everything."""
         self._buffers.clear()
         self._tables.clear()

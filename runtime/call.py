@@ -56,7 +56,7 @@ class AttentionCall:
         return self.k.shape[-2]
 
     def release(self) -> None:
-        """Let go of the tensors, for an attention that computes the call instead and may free them early."""
+        """Drop the tensors, for an attention that computes the call instead and may free them early."""
         for name in ("q", "k", "v", "attn_mask"):
             object.__setattr__(self, name, None)
 
