@@ -8,8 +8,8 @@ case makes a few calls of `lite_attention` on the same masks. Outputs are compar
 the torch backend, tile counts with the masks. The executor reports accesses out of bounds, misaligned or of memory that
 nobody has written, races, copies read too early, divergence, and arguments that a kernel was not compiled for.
 
---gate (default) is what a change of kernels, launch table or launch code has to pass: a minute for four architectures,
-three where everything has to be compiled. --all: also every form that a run can launch.
+--gate (default) is what a change of kernels, launch table or launch code has to pass: for four architectures half a
+minute, two where everything has to be compiled. --all: also every form that a run can launch.
 """
 
 from __future__ import annotations
@@ -218,7 +218,8 @@ def run_case(c: Case, arch: str, *, shuffle: bool = False, **gpu_options) -> Res
             result.faults += [f"{text} in step {number}" for text in faults]
         if "record" in c.steps and not 0 < result.dropped < result.decided:
             result.faults.append(f"RESULT: {result.dropped} of {result.decided} tiles dropped, which shows nothing")
-        result.faults += [text for text in dict.fromkeys(gpu.faults) if not _replicated_load(text)]
+        unwritten = [text for text in gpu.notes if "nobody wrote" in text]
+        result.faults += [text for text in dict.fromkeys(gpu.faults + unwritten) if not _replicated_load(text)]
     result.seconds = time.monotonic() - started
     return result
 
