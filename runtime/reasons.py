@@ -84,7 +84,7 @@ REASONS = (CROSS_ATTENTION, NOT_VIDEO, WARMUP, DENSE_END, DENSE_BLOCK, TOO_SHORT
 AUTO_MIN_TOKENS = {"cpu": 1024}
 AUTO_MIN_TOKENS_DEFAULT = 4096
 """Below this a call has too few tiles to win by skipping. Estimates: the value for GPUs is not yet measured; on a CPU
-the break-even depends on ComfyUI's own attention there (benchmarks/cpu.py, demo/run.py)."""
+the break-even depends on ComfyUI's own attention there (benchmarks/attention.py, demo/run.py)."""
 
 
 def call_reason(call: AttentionCall, min_tokens: int) -> Reason | None:

@@ -1,4 +1,4 @@
-"""Faults at every point of a run: it goes on as it was before or ends with its error, and the next prompt is right."""
+"""Faults at every point of a run: it stays dense or ends with its error, and the next prompt is right."""
 
 import gc
 import logging

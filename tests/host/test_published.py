@@ -14,7 +14,7 @@ from liteattention.tools import server
 
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 CONFIG = server.ROOT / "comfy-test.toml"
-# kernels/selftest.py and kernels/tune.py make half-precision inputs of their own; the demo model is to run without a
+# kernels/selftest.py makes half-precision inputs of its own; the demo model is to run without a
 # download and to stay out of the lists of the user's models.
 ACCEPTED = {"hazards": {"hardcoded-precision"}, "warnings": {"weights"}}
 
