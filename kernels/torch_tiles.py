@@ -181,13 +181,17 @@ def _stays(visited: Tensor, thresholds: Tensor, mass: bool, tile: int) -> Tensor
     # A row that has met NaN or +inf votes to keep from there on, as NaN does.
     visited.nan_to_num_(math.nan, math.nan, -math.inf)
     if mass:
-        largest = visited.nan_to_num(-math.inf).amax(1, keepdim=True).nan_to_num_(0.0, 0.0, 0.0)
-        share = visited.sub_(largest).double()  # in float32 a sum far below a later maximum would be 0
-        above = share - share.exp().cumsum(1).log_()  # the tile itself included
+        largest = visited.nan_to_num(-math.inf, math.inf, -math.inf).amax(1, keepdim=True)
+        # In float64, for sums far below a later maximum; weights lower still, and 0, would only make `exp` slow.
+        above = visited.sub_(largest).clamp_min_(-700.0).double().exp_()
+        # The tile itself included. Less what such weights of all tiles can add up to: a row that has met nothing keeps.
+        above.sub_(above.cumsum(1).sub_(math.exp(-689.0)).mul_(thresholds.double().exp_()))
     else:
-        above = torch.full_like(visited, math.inf)
-        above[:, 1:] = visited[:, 1:] - visited.cummax(1)[0][:, :-1]
-    return torch.stack([~(x.amax(0) <= 0) for x in above.sub_(thresholds).split(tile)])  # "not at or below"
+        before = visited.cummax(1)[0][:, :-1]
+        visited[:, 1:].sub_(before)
+        visited[:, :1].fill_(math.inf)
+        above = visited.sub_(thresholds)
+    return torch.stack([~(x.amax(0) <= 0) for x in above.split(tile)])  # "not at or below"
 
 
 @cache
