@@ -61,15 +61,17 @@ def pool_tiles(k: Tensor, v: Tensor) -> Pooled:
     n_tiles, whole = tiles(seqlen), seqlen // TILE
     means = k.new_empty(2, batch, heads, n_tiles, head_dim, dtype=torch.float32)
     covariance = k.new_zeros(batch * heads, head_dim, 2 * head_dim, dtype=torch.float32)
+    inside = k.new_empty(batch, heads, min(_CHUNK, n_tiles), TILE, 2 * head_dim, dtype=torch.float32)
     for first in (*range(0, whole, _CHUNK), *([whole] if whole < n_tiles else [])):
         last = min(first + _CHUNK, whole) if first < whole else n_tiles
         rows = slice(first * TILE, min(last * TILE, seqlen))
-        inside = []
-        for mean, x in zip(means, (k, v), strict=True):
+        chunk = inside[:, :, :last - first, :(rows.stop - rows.start) // (last - first)]
+        for mean, x, difference in zip(means, (k, v), chunk.chunk(2, -1), strict=True):
             x = x[:, :, rows].float().unflatten(2, (last - first, -1))
             torch.mean(x, 3, out=mean[:, :, first:last])
-            inside.append((x - mean[:, :, first:last].unsqueeze(3)).flatten(2, 3).flatten(0, 1))
-        covariance.baddbmm_(inside[0].mT, torch.cat(inside, -1), alpha=1 / seqlen)
+            torch.sub(x, mean[:, :, first:last].unsqueeze(3), out=difference)
+        both = chunk.flatten(2, 3).flatten(0, 1)
+        covariance.baddbmm_(both[..., :head_dim].mT, both, alpha=1 / seqlen)
     log_counts = torch.full((n_tiles,), math.log(TILE), device=k.device)
     log_counts[-1] = math.log(seqlen - (n_tiles - 1) * TILE)
     return Pooled(*means, log_counts, covariance.unflatten(0, (batch, heads)))

@@ -82,7 +82,7 @@ def attend_part(part: Part, scratch: Tensor, threshold: float, sm_scale: float, 
     if len(part.pooled):
         thresholds = _add_pooled(queries, part.pooled, part.active, row_max, total, acc, threshold, tile)
     if keep is not None:
-        stays = torch.stack([x.any(0) for x in _stays(visited, thresholds, mass).split(tile)]).cpu()
+        stays = _stays(visited.cpu(), thresholds.cpu(), mass, tile)
         keep.copy_(stays.gather(1, part.positions).logical_and_(part.active))
     met_nothing = row_max == nothing
     if lse is not None:
@@ -162,10 +162,8 @@ def _add_pooled(queries: Tensor, pooled: list[Tensor], active: Tensor, row_max: 
     by_spread, shift = torch.mm(queries, covariance).chunk(2, 1)
     variance = (by_spread * queries).sum(1, keepdim=True).clamp_min_(0)
     if not bool(active.all()):
-        scores = torch.addmm(log_counts, queries, keys.t())
-        rows = scores.split(tile)
-        for i in range(len(rows)):
-            rows[i].masked_fill_(active[i].to(scores.device), -math.inf)
+        skipped = log_counts.masked_fill(active.to(queries.device), -math.inf).repeat_interleave(tile, 0)
+        scores = torch.addmm(skipped[:queries.size(0)], queries, keys.t())
         _rescale(row_max, total, acc, scores.amax(1, keepdim=True), False)
         added = _weigh(scores, row_max)
         total.add_(added)
@@ -173,16 +171,27 @@ def _add_pooled(queries: Tensor, pooled: list[Tensor], active: Tensor, row_max: 
     return raised(threshold, variance)
 
 
-def _stays(visited: Tensor, thresholds: Tensor, mass: bool) -> Tensor:
-    """Which rows want a tile to stay, bool [rows, tiles]. visited: strengths of the tiles in visit order, -inf where
-    not active; thresholds: natural log, [rows, 1]."""
+def _stays(visited: Tensor, thresholds: Tensor, mass: bool, tile: int) -> Tensor:
+    """Which tiles at least one row wants to stay, bool [query tiles, tiles].
+
+    Args:
+        visited: strengths [rows, tiles] of the tiles in visit order, -inf where not active; on the CPU, used up.
+        thresholds: natural log, [rows, 1].
+    """
+    # A row that has met NaN or +inf votes to keep from there on, as NaN does.
+    visited.nan_to_num_(math.nan, math.nan, -math.inf)
     if mass:
-        reference = visited.logcumsumexp(1)  # the tile itself included
+        largest = visited.nan_to_num(-math.inf, math.inf, -math.inf).amax(1, keepdim=True)
+        # In float64, for sums far below a later maximum; weights lower still, and 0, would only make `exp` slow.
+        above = visited.sub_(largest).clamp_min_(-700.0).double().exp_()
+        # The tile itself included. Less what such weights of all tiles can add up to: a row that has met nothing keeps.
+        above.sub_(above.cumsum(1).sub_(math.exp(-689.0)).mul_(thresholds.double().exp_()))
     else:
-        reference = torch.full_like(visited, -math.inf)
-        reference[:, 1:] = visited.cummax(1)[0][:, :-1]
-    # "Not at or below", and also every row that has met +inf: NaN and Inf vote to keep.
-    return ~(visited - reference <= thresholds) | (reference == math.inf)
+        before = visited.cummax(1)[0][:, :-1]
+        visited[:, 1:].sub_(before)
+        visited[:, :1].fill_(math.inf)
+        above = visited.sub_(thresholds)
+    return torch.stack([~(x.amax(0) <= 0) for x in above.split(tile)])  # "not at or below"
 
 
 @cache

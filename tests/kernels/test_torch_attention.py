@@ -141,3 +141,14 @@ def test_autocast_of_the_caller_changes_nothing(threads):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             cast = call(300, 300)
         assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
+
+
+def test_a_row_that_meets_nothing_but_minus_infinity_at_first_keeps_those_tiles():
+    """By the mass test, with so high a threshold that an equal share of three tiles would not do."""
+    q, k, v = oracle.make(1, 1, 128, 640, 64, F32)
+    q[..., 0], k[..., 0] = 1, 0.0
+    k[:, :, :384, 0] = -math.inf
+    mask = SkipMask.full(1, 1, 128, 640)
+    expected = oracle.attention(q, k, v, mask.to_bool(), -1.0, mass=True)
+    lite_attention(q, k, v, mask, threshold=-1.0, criterion="mass", backend="torch")
+    assert torch.equal(mask.to_bool(), expected.keep) and expected.keep[0, 0, 0, :3].all()
