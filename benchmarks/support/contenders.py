@@ -109,7 +109,7 @@ def _sdpa(name: str, backend: str | None) -> Contender:
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled_flex() -> Callable:
+def compiled_flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Each length is compiled by itself: a kernel for any length is slower, and would be an unfair contender.
@@ -131,7 +131,7 @@ def flex_block_mask(bits: Tensor, tokens: int) -> object:
 
 
 def _flex(p: Problem) -> Call:
-    return functools.partial(_compiled_flex(), p.q, p.k, p.v, block_mask=flex_block_mask(p.bits, p.tokens))
+    return functools.partial(compiled_flex(), p.q, p.k, p.v, block_mask=flex_block_mask(p.bits, p.tokens))
 
 
 def _sage(p: Problem) -> Call:

@@ -35,6 +35,30 @@ def test_attention_keeps_to_its_budget_and_says_what_it_left_out(script, tmp_pat
     assert result["rows"] == [] and len(result["left_out"]) == 2
 
 
+def test_cpu(script, tmp_path):
+    path = tmp_path / "r.json"
+    said = started(script, "cpu", "--tokens", 500, "--rounds", 2, "--without-flex", "--json", path)
+    result, = json.loads(path.read_text(encoding="utf-8"))["results"]
+    assert all(len(x["quiet"]) == len(x["busy"]) == 2 for x in result["ms"].values())
+    assert result["skipped"]["0"] == 0 and 0.5 < result["skipped"]["75 scattered"] < 1
+    assert "FlexAttention: left out" in said and all(row["figure"] in said for row in result["figures"])
+    assert all(x is None or x > 0 for row in result["figures"] for x in list(row.values())[2:])
+
+
+def test_ratios_of_the_cpu_benchmark(script):
+    skipped = {"0": 0.0, "57 scattered": 0.5, "75 scattered": 0.75, "75 band": 0.75}
+    names = ["sdpa", "pooled 57 scattered", "default 57 scattered", *(f"{k} {x}" for k in ("read", "record")
+                                                                      for x in skipped)]
+    quiet = {name: [10.0, 20.0, 40.0] for name in names} | {"record 75 band": [5.0, 5.0, 7.0]}
+    busy = {name: [2 * x for x in times] for name, times in quiet.items()} | {"sdpa": [10.0, 20.0, 40.0]}
+    found = {row["figure"]: row for row in script("cpu").figures(quiet, busy, skipped)}
+    assert found["efficiency, 75 band % (75.0%)"]["quiet"] == 1.0, "20 ms x 0.25 / 5 ms"
+    assert found["efficiency, 75 band % (75.0%)"]["quiet, least"] == 0.5
+    assert found["nothing skipped / SDPA, recording"]["busy"] == 2.0
+    slowdown = found["slowdown beside a busy core / SDPA's, record 0"]
+    assert slowdown["busy"] == slowdown["busy, least"] == 2.0 and slowdown["quiet"] is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this takes minutes")
 def test_gpu_runs_the_stages_and_summarises(script, tmp_path):
     out = tmp_path / "out"
