@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .mask import TILE, MustKeep, pack_bits, tiles, unpack_words
-from .pooled import Pooled, pool_tiles
-from .torch_tiles import SCRATCH, Part, scripted
+from .pooled import pool_tiles
+from .torch_tiles import Part, scratch_elements, scripted
 from .worker_pool import run_parts
 from .workspace import Workspace
 
@@ -35,30 +37,36 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
     else:
         active = unpack_words(torch.stack([m.words[r] for m, r in rows]).cpu(), tiles(seqlen_k))
     keep = torch.zeros_like(active) if recording else None
-    # Else nothing is skipped, and nothing decided.
-    pooled = _pool(k, v) if pool_skipped and (recording or not active.all()) else {}
+    pooling = pool_skipped and (recording or not bool(active.all()))  # else nothing is skipped, and nothing decided
     positions = [_visit_positions(active.shape[2], seqlen_k, direction) for direction in (False, True)]
-    group = max(1, min(_GROUP, active[..., 0].numel() // (4 * torch.get_num_threads())))
+    counts, threads = active.sum(-1), torch.get_num_threads()
+    group = max(1, min(_GROUP, counts.numel() // (4 * threads)))
+    prepared: dict[tuple[int, int], _Head] = {}
+
+    def prepare(head: tuple[int, int]) -> None:
+        prepared[head] = _Head.of(k[head], v[head], pooling)
 
     def make_worker() -> Callable[[tuple[int, int, int]], None]:
         attend = scripted(q.device.type)
-        scratch = torch.empty(SCRATCH, device=q.device)
+        scratch = torch.empty(scratch_elements(q.shape[-1]), device=q.device)
 
         def work(place: tuple[int, int, int]) -> None:
             b, h, first = place
-            tile_range = slice(first, first + group)
-            token_range = slice(first * TILE, (first + group) * TILE)
-            attend(Part(q[b, h, token_range], k[b, h], v[b, h], out[b, h, token_range],
-                        None if lse is None else lse[b, h, token_range], active[b, h, tile_range],
-                        None if keep is None else keep[b, h, tile_range], positions[backwards[b]][tile_range],
-                        pooled.get((b, h), [])), scratch, threshold * math.log(2), sm_scale, mass)
+            at, tokens = (b, h, slice(first, first + group)), (b, h, slice(first * TILE, (first + group) * TILE))
+            keys, values, pooled = prepared[b, h]
+            attend(Part(q[tokens], keys, values, seqlen_k, out[tokens], None if lse is None else lse[tokens],
+                        active[at], None if keep is None else keep[at], positions[backwards[b]][at[2]], pooled),
+                   scratch, threshold * math.log(2), sm_scale, mass)
 
         return work
 
-    counts = active.sum(-1)
-    places = [(b, h, first) for b in range(batch) for h in range(heads) for first in range(0, active.shape[2], group)]
-    cost = {(b, h, first): int(counts[b, h, first:first + group].sum()) for b, h, first in places}
-    run_parts(make_worker, sorted(places, key=lambda place: -cost[place]), q.device)
+    every = [(b, h) for b in range(batch) for h in range(heads)]
+    for some in (every[i:i + threads] for i in range(0, len(every), threads)):  # what is prepared stays small
+        prepared.clear()
+        run_parts(lambda: prepare, some, q.device)
+        places = [(b, h, first) for b, h in some for first in range(0, active.shape[2], group)]
+        places.sort(key=lambda x: -int(counts[x[0], x[1], x[2]:x[2] + group].sum()))  # the longest first
+        run_parts(make_worker, places, q.device)
     if computed is not None:
         computed.view(-1)[:1].add_(int(counts.sum()))
     if keep is not None:
@@ -69,16 +77,24 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
             m.words[r] &= kept[b]
 
 
-def _pool(k: Tensor, v: Tensor) -> dict[tuple[int, int], list[Tensor]]:
-    """Pooled keys and values of each (batch_entry, head)."""
-    pooled: dict[tuple[int, int], list[Tensor]] = {}
+class _Head(NamedTuple):
+    """Keys and values of one head as `Part` wants them, and `Part.pooled`."""
 
-    def pool(place: tuple[int, int]) -> None:
-        x: Pooled = pool_tiles(*(x[place][None, None] for x in (k, v)))
-        pooled[place] = [x.keys[0, 0], x.values[0, 0], x.log_counts, x.covariance[0, 0]]
+    keys: Tensor
+    values: Tensor
+    pooled: list[Tensor]
 
-    run_parts(lambda: pool, [(b, h) for b in range(k.shape[0]) for h in range(k.shape[1])], k.device)
-    return pooled
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, pooling: bool) -> _Head:
+        """Of k, v [N_k, D]. Copies where their rows are not side by side: products of rows far apart are slower."""
+        n_tiles, n_keys = tiles(len(k)), len(k)
+        keys, values = (F.pad(x, (0, 0, 0, n_tiles * TILE - n_keys)) if n_keys % TILE else x for x in (k, v))
+        keys, values = (x.float().contiguous() for x in (keys, values))
+        pooled = []
+        if pooling:
+            x = pool_tiles(*(x[None, None, :n_keys] for x in (keys, values)))
+            pooled = [x.keys[0, 0], x.values[0, 0], x.log_counts, x.covariance[0, 0]]
+        return cls(*(x.unflatten(0, (n_tiles, TILE)) for x in (keys, values)), pooled)
 
 
 def _visit_positions(query_tiles: int, seqlen_k: int, backwards: bool) -> Tensor:

@@ -22,8 +22,6 @@ from .pooled import raised
 CHUNK = 8
 """Key tiles taken at once, up to 1.5 times as many: their scores, 512 KB, stay in a core's cache."""
 
-SCRATCH = TILE * (CHUNK + CHUNK // 2) * TILE
-
 _LOWEST = -64.0
 """Lowest exponent of a weight relative to the row's maximum (1.6e-28, nothing in float32): weights that underflow make
 `exp` and the product with v 10 to 100 times slower on a CPU."""
@@ -32,11 +30,17 @@ _NOTHING = torch.finfo(torch.float32).min
 """Largest score of a row that has met none but -inf: finite, so that it can be subtracted."""
 
 
+def scratch_elements(head_dim: int) -> int:
+    """Elements of a worker's scratch memory: the scores, and the keys or values, of a chunk."""
+    return (CHUNK + CHUNK // 2) * TILE * (TILE + head_dim)
+
+
 class Part(NamedTuple):
     """Neighbouring query tiles of one head.
 
     Attributes:
-        q, out: [rows, D]. k, v: [N_k, D]. lse: [rows] or None.
+        q, out: [rows, D]. lse: [rows] or None.
+        k, v: float32 [KT, 128, D], contiguous, the last tile filled up with zeros. n_keys: without these.
         active: bool [tiles, KT] on the CPU, tiles to compute.
         keep: the same, tiles found to stay; None unless recording.
         positions: int64 [tiles, KT] on the CPU, when the key tiles are visited.
@@ -46,6 +50,7 @@ class Part(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+    n_keys: int
     out: Tensor
     lse: Tensor | None
     active: Tensor
@@ -59,7 +64,7 @@ def attend_part(part: Part, scratch: Tensor, threshold: float, sm_scale: float, 
     """Write `out`, `lse` and `keep` of a part. Everything in float32.
 
     Args:
-        scratch: float32, SCRATCH elements.
+        scratch: float32, `scratch_elements`.
         threshold: natural log.
     """
     queries = part.q.float() * sm_scale
@@ -73,7 +78,7 @@ def attend_part(part: Part, scratch: Tensor, threshold: float, sm_scale: float, 
         index = part.active[i].nonzero().squeeze(1)
         listed: list[int] = index.tolist()
         if len(listed):
-            strengths = _attend_tile(queries[first:last], part.k, part.v, listed, row_max[first:last],
+            strengths = _attend_tile(queries[first:last], part, index.to(queries.device), listed, row_max[first:last],
                                      total[first:last], acc[first:last], scratch, mass and keep is not None)
             if keep is not None:
                 at = part.positions[i].index_select(0, index).to(queries.device)
@@ -94,49 +99,43 @@ def attend_part(part: Part, scratch: Tensor, threshold: float, sm_scale: float, 
             part.out[i * tile:(i + 1) * tile].zero_()
 
 
-def _attend_tile(queries: Tensor, k: Tensor, v: Tensor, listed: list[int], row_max: Tensor, total: Tensor, acc: Tensor,
-                 scratch: Tensor, mass: bool, tile: int = TILE, chunk_tiles: int = CHUNK) -> Tensor:
-    """Attention of one query tile over the key tiles in `listed` (ascending); updates row_max, total and acc.
+def _attend_tile(queries: Tensor, part: Part, index: Tensor, listed: list[int], row_max: Tensor, total: Tensor,
+                 acc: Tensor, scratch: Tensor, mass: bool, tile: int = TILE, chunk: int = CHUNK) -> Tensor:
+    """Attention of one query tile over the key tiles in `index` and `listed`; updates row_max, total and acc.
 
     Returns:
         Each tile's strength in each row, [rows, tiles]: its largest score, or for the mass test the log-sum-exp of its
         scores.
     """
-    n_rows, n_keys, k_columns, convert = queries.size(0), k.size(0), k.t(), k.dtype != torch.float32
-    n_chunks = max(1, (len(listed) + chunk_tiles // 2) // chunk_tiles)
+    n_rows, n_columns = queries.size(0), part.k.size(0) * tile
+    n_chunks = max(1, (len(listed) + chunk // 2) // chunk)
     strengths: list[Tensor] = []
     for i in range(n_chunks):
-        chunk = listed[i * len(listed) // n_chunks:(i + 1) * len(listed) // n_chunks]
-        scores = scratch[:n_rows * len(chunk) * tile].view(n_rows, len(chunk) * tile)
-        runs, columns = _neighbours(chunk), torch.jit.annotate(list[Tensor], [])
-        for start, first, last in runs:
-            keys = k_columns[:, first * tile:last * tile]
-            columns.append(scores[:, start * tile:start * tile + keys.size(1)])
-            torch.mm(queries, keys.float() if convert else keys, out=columns[-1])
-        if chunk[-1] == n_keys // tile:  # a tile with fewer keys
-            scores[:, n_keys % tile - tile:].fill_(-math.inf)
-        by_tile = scores.view(n_rows, len(chunk), tile)
+        begin, end = i * len(listed) // n_chunks, (i + 1) * len(listed) // n_chunks
+        chosen, first, last = index[begin:end], listed[begin], listed[end - 1]
+        n_tiles, columns = end - begin, (end - begin) * tile
+        scores = scratch[:n_rows * columns].view(n_rows, columns)
+        gathered = scratch[scratch.size(0) - columns * queries.size(1):].view(n_tiles, tile, -1)
+        torch.mm(queries, _take(part.k, chosen, first, last, gathered).t(), out=scores)
+        if last == n_columns // tile - 1 and part.n_keys < n_columns:
+            scores[:, part.n_keys - n_columns:].fill_(-math.inf)
+        by_tile = scores.view(n_rows, n_tiles, tile)
         largest = by_tile.amax(2)
         _rescale(row_max, total, acc, largest.amax(1, keepdim=True), i == 0)
         total.add_(_weigh(scores, row_max))
-        for (_, first, last), weights in zip(runs, columns):  # noqa: B905  (TorchScript)
-            values = v[first * tile:last * tile]
-            acc.addmm_(weights, values.float() if convert else values)
+        acc.addmm_(scores, _take(part.v, chosen, first, last, gathered))
         if mass:  # `by_tile` holds the weights now
             largest = by_tile.sum(2).log_().add_(row_max).masked_fill_(largest == -math.inf, -math.inf)
         strengths.append(largest)
     return torch.cat(strengths, 1)
 
 
-def _neighbours(tiles: list[int]) -> list[tuple[int, int, int]]:
-    """Runs of neighbouring tiles, (position in the list, first tile, tile after the last)."""
-    runs: list[tuple[int, int, int]] = []
-    start = 0
-    for i in range(1, len(tiles) + 1):
-        if i == len(tiles) or tiles[i] != tiles[i - 1] + 1:
-            runs.append((start, tiles[start], tiles[i - 1] + 1))
-            start = i
-    return runs
+def _take(x: Tensor, chosen: Tensor, first: int, last: int, gathered: Tensor) -> Tensor:
+    """Keys or values [tiles * 128, D] of the chosen tiles, from `first` to `last`: a view where they are neighbours,
+    else copies in `gathered`: one product of copies is faster than several short ones."""
+    if last - first < chosen.size(0):
+        return x[first:last + 1].flatten(0, 1)
+    return torch.index_select(x, 0, chosen, out=gathered).flatten(0, 1)
 
 
 def _rescale(row_max: Tensor, total: Tensor, acc: Tensor, largest: Tensor, first: bool) -> None:
