@@ -76,10 +76,9 @@ def attend_part(part: Part, scratch: Tensor, threshold: float, sm_scale: float, 
     for i in range(part.active.size(0)):
         first, last = i * tile, min(n_rows, (i + 1) * tile)
         index = part.active[i].nonzero().squeeze(1)
-        listed: list[int] = index.tolist()
-        if len(listed):
-            strengths = _attend_tile(queries[first:last], part, index.to(queries.device), listed, row_max[first:last],
-                                     total[first:last], acc[first:last], scratch, mass and keep is not None)
+        if index.size(0):
+            strengths = _attend_tile(queries[first:last], part, index, row_max[first:last], total[first:last],
+                                     acc[first:last], scratch, mass and keep is not None)
             if keep is not None:
                 at = part.positions[i].index_select(0, index).to(queries.device)
                 visited[first:last].index_copy_(1, at, strengths)
@@ -99,20 +98,20 @@ def attend_part(part: Part, scratch: Tensor, threshold: float, sm_scale: float, 
             part.out[i * tile:(i + 1) * tile].zero_()
 
 
-def _attend_tile(queries: Tensor, part: Part, index: Tensor, listed: list[int], row_max: Tensor, total: Tensor,
-                 acc: Tensor, scratch: Tensor, mass: bool, tile: int = TILE, chunk: int = CHUNK) -> Tensor:
-    """Attention of one query tile over the key tiles in `index` and `listed`; updates row_max, total and acc.
+def _attend_tile(queries: Tensor, part: Part, index: Tensor, row_max: Tensor, total: Tensor, acc: Tensor,
+                 scratch: Tensor, mass: bool, tile: int = TILE, chunk: int = CHUNK) -> Tensor:
+    """Attention of one query tile over the key tiles in `index` (ascending, on the CPU). Updates row_max, total, acc.
 
     Returns:
         Each tile's strength in each row, [rows, tiles]: its largest score, or for the mass test the log-sum-exp of its
         scores.
     """
-    n_rows, n_columns = queries.size(0), part.k.size(0) * tile
-    n_chunks = max(1, (len(listed) + chunk // 2) // chunk)
+    n_rows, n_columns, n_listed = queries.size(0), part.k.size(0) * tile, index.size(0)
+    n_chunks = max(1, (n_listed + chunk // 2) // chunk)
     strengths: list[Tensor] = []
     for i in range(n_chunks):
-        begin, end = i * len(listed) // n_chunks, (i + 1) * len(listed) // n_chunks
-        chosen, first, last = index[begin:end], listed[begin], listed[end - 1]
+        begin, end = i * n_listed // n_chunks, (i + 1) * n_listed // n_chunks
+        chosen, first, last = index[begin:end], int(index[begin]), int(index[end - 1])
         n_tiles, columns = end - begin, (end - begin) * tile
         scores = scratch[:n_rows * columns].view(n_rows, columns)
         gathered = scratch[scratch.size(0) - columns * queries.size(1):].view(n_tiles, tile, -1)
@@ -135,7 +134,7 @@ def _take(x: Tensor, chosen: Tensor, first: int, last: int, gathered: Tensor) ->
     else copies in `gathered`: one product of copies is faster than several short ones."""
     if last - first < chosen.size(0):
         return x[first:last + 1].flatten(0, 1)
-    return torch.index_select(x, 0, chosen, out=gathered).flatten(0, 1)
+    return torch.index_select(x, 0, chosen.to(x.device), out=gathered).flatten(0, 1)
 
 
 def _rescale(row_max: Tensor, total: Tensor, acc: Tensor, largest: Tensor, first: bool) -> None:
