@@ -57,15 +57,16 @@ def calls(tokens: int, flex: bool) -> tuple[dict[str, Callable[[], object]], dic
     """Calls by name, the share of tiles that each mask skips, and why FlexAttention is not among them ("" if it is)."""
     import torch
 
-    from liteattention.kernels import SkipMask, lite_attention
+    from liteattention.kernels import SkipMask, Workspace, lite_attention
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, tokens, HEADS, HEAD_DIM).transpose(1, 2) for _ in range(3))
-    bits = masks(tokens)
+    bits, workspace = masks(tokens), Workspace()
 
     def lite(name: str, **options) -> Callable[[], object]:
         mask = SkipMask.from_bool(bits[name], tokens, tokens)
-        return lambda: lite_attention(q, k, v, mask, threshold=NEVER_DROPS, backend="torch", **options)
+        return lambda: lite_attention(q, k, v, mask, threshold=NEVER_DROPS, backend="torch", workspace=workspace,
+                                      **options)
 
     functions = {"sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)}
     for name in bits:

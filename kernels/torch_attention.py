@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .mask import TILE, MustKeep, pack_bits, tiles, unpack_words
 from .pooled import pool_tiles
@@ -27,7 +26,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
     """`lite_attention` after its checks; writes `out` and `lse`, and the masks of `rows` while recording.
 
     q, k, v, out: [B, H, N, D] views; computed in float32 whatever the input dtype (torch's products of bfloat16 round
-    scores to 8 bits, too few to decide with). `workspace` is not used: what is allocated here lives for one call.
+    scores to 8 bits, too few to decide with). `workspace` holds the keys and values of as many heads as threads.
     """
     batch, heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
@@ -38,13 +37,15 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
         active = unpack_words(torch.stack([m.words[r] for m, r in rows]).cpu(), tiles(seqlen_k))
     keep = torch.zeros_like(active) if recording else None
     pooling = pool_skipped and (recording or not bool(active.all()))  # else nothing is skipped, and nothing decided
-    positions = [_visit_positions(active.shape[2], seqlen_k, direction) for direction in (False, True)]
+    positions = {x: _visit_positions(active.shape[2], seqlen_k, x) for x in set(backwards)}
     counts, threads = active.sum(-1), torch.get_num_threads()
     group = max(1, min(_GROUP, counts.numel() // (4 * threads)))
     prepared: dict[tuple[int, int], _Head] = {}
+    buffers = _buffers(k, v, threads, workspace)
 
-    def prepare(head: tuple[int, int]) -> None:
-        prepared[head] = _Head.of(k[head], v[head], pooling)
+    def prepare(place: tuple[int, tuple[int, int]]) -> None:
+        i, head = place
+        prepared[head] = _Head.of(k[head], v[head], buffers[i], pooling)
 
     def make_worker() -> Callable[[tuple[int, int, int]], None]:
         attend = scripted(q.device.type)
@@ -63,7 +64,7 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
     every = [(b, h) for b in range(batch) for h in range(heads)]
     for some in (every[i:i + threads] for i in range(0, len(every), threads)):  # what is prepared stays small
         prepared.clear()
-        run_parts(lambda: prepare, some, q.device)
+        run_parts(lambda: prepare, list(enumerate(some)), q.device)
         places = [(b, h, first) for b, h in some for first in range(0, active.shape[2], group)]
         places.sort(key=lambda x: -int(counts[x[0], x[1], x[2]:x[2] + group].sum()))  # the longest first
         run_parts(make_worker, places, q.device)
@@ -85,16 +86,28 @@ class _Head(NamedTuple):
     pooled: list[Tensor]
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, pooling: bool) -> _Head:
-        """Of k, v [N_k, D]. Copies where their rows are not side by side: products of rows far apart are slower."""
-        n_tiles, n_keys = tiles(len(k)), len(k)
-        keys, values = (F.pad(x, (0, 0, 0, n_tiles * TILE - n_keys)) if n_keys % TILE else x for x in (k, v))
-        keys, values = (x.float().contiguous() for x in (keys, values))
+    def of(cls, k: Tensor, v: Tensor, buffer: Tensor | None, pooling: bool) -> _Head:
+        """Of k, v [N_k, D], as they are or copied to `buffer` [2, KT * 128, D]."""
+        n_keys, keys, values = len(k), k, v
+        if buffer is not None:
+            keys, values = buffer
+            for x, copy in ((k, keys), (v, values)):
+                copy[:n_keys].copy_(x)
+                copy[n_keys:].zero_()
         pooled = []
         if pooling:
             x = pool_tiles(*(x[None, None, :n_keys] for x in (keys, values)))
             pooled = [x.keys[0, 0], x.values[0, 0], x.log_counts, x.covariance[0, 0]]
-        return cls(*(x.unflatten(0, (n_tiles, TILE)) for x in (keys, values)), pooled)
+        return cls(*(x.unflatten(0, (-1, TILE)) for x in (keys, values)), pooled)
+
+
+def _buffers(k: Tensor, v: Tensor, heads: int, workspace: Workspace) -> Sequence[Tensor | None]:
+    """Memory for keys and values of each head that is computed at a time; None where k is as `Part` wants it."""
+    seqlen, head_dim = k.shape[2:]
+    if k.dtype == v.dtype == torch.float32 and seqlen % TILE == 0 and k.stride(2) == v.stride(2) == head_dim:
+        return [None] * heads
+    shape = heads, 2, tiles(seqlen) * TILE, head_dim
+    return workspace.buffer("keys and values", math.prod(shape), torch.float32, k.device)[:math.prod(shape)].view(shape)
 
 
 def _visit_positions(query_tiles: int, seqlen_k: int, backwards: bool) -> Tensor:
@@ -105,7 +118,7 @@ def _visit_positions(query_tiles: int, seqlen_k: int, backwards: bool) -> Tensor
     if backwards:
         ascending[:whole] = ascending[:whole].flip(0)
     positions = ascending.repeat(query_tiles, 1)
-    own = torch.arange(min(query_tiles, whole))
-    positions[own] += positions[own] < ascending[own, None]
-    positions[own, own] = 0
+    own = min(query_tiles, whole)
+    positions[:own].add_(positions[:own] < ascending[:own, None])
+    positions.diagonal()[:own].zero_()
     return positions
