@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -41,11 +42,10 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
     counts, threads = active.sum(-1), torch.get_num_threads()
     group = max(1, min(_GROUP, counts.numel() // (4 * threads)))
     prepared: dict[tuple[int, int], _Head] = {}
-    buffers = _buffers(k, v, threads, workspace)
 
-    def prepare(place: tuple[int, tuple[int, int]]) -> None:
-        i, head = place
-        prepared[head] = _Head.of(k[head], v[head], buffers[i], pooling)
+    def prepare(place: tuple[Tensor | None, tuple[int, int]]) -> None:
+        memory, head = place
+        prepared[head] = _Head.of(k[head], v[head], memory, pooling)
 
     def make_worker() -> Callable[[tuple[int, int, int]], None]:
         attend = scripted(q.device.type)
@@ -62,12 +62,13 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | 
         return work
 
     every = [(b, h) for b in range(batch) for h in range(heads)]
-    for some in (every[i:i + threads] for i in range(0, len(every), threads)):  # what is prepared stays small
-        prepared.clear()
-        run_parts(lambda: prepare, list(enumerate(some)), q.device)
-        places = [(b, h, first) for b, h in some for first in range(0, active.shape[2], group)]
-        places.sort(key=lambda x: -int(counts[x[0], x[1], x[2]:x[2] + group].sum()))  # the longest first
-        run_parts(make_worker, places, q.device)
+    with _memory(k, v, threads, workspace) as memory:
+        for some in (every[i:i + threads] for i in range(0, len(every), threads)):
+            prepared.clear()
+            run_parts(lambda: prepare, zip(memory, some, strict=False), q.device)
+            places = [(b, h, first) for b, h in some for first in range(0, active.shape[2], group)]
+            places.sort(key=lambda x: -int(counts[x[0], x[1], x[2]:x[2] + group].sum()))  # the longest first
+            run_parts(make_worker, places, q.device)
     if computed is not None:
         computed.view(-1)[:1].add_(int(counts.sum()))
     if keep is not None:
@@ -86,11 +87,11 @@ class _Head(NamedTuple):
     pooled: list[Tensor]
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, buffer: Tensor | None, pooling: bool) -> _Head:
-        """Of k, v [N_k, D], as they are or copied to `buffer` [2, KT * 128, D]."""
+    def of(cls, k: Tensor, v: Tensor, memory: Tensor | None, pooling: bool) -> _Head:
+        """Of k, v [N_k, D], as they are or copied to `memory` [2, KT * 128, D]."""
         n_keys, keys, values = len(k), k, v
-        if buffer is not None:
-            keys, values = buffer
+        if memory is not None:
+            keys, values = memory
             for x, copy in ((k, keys), (v, values)):
                 copy[:n_keys].copy_(x)
                 copy[n_keys:].zero_()
@@ -101,13 +102,16 @@ class _Head(NamedTuple):
         return cls(*(x.unflatten(0, (-1, TILE)) for x in (keys, values)), pooled)
 
 
-def _buffers(k: Tensor, v: Tensor, heads: int, workspace: Workspace) -> Sequence[Tensor | None]:
+@contextmanager
+def _memory(k: Tensor, v: Tensor, heads: int, workspace: Workspace) -> Iterator[Sequence[Tensor | None]]:
     """Memory for keys and values of each head that is computed at a time; None where k is as `Part` wants it."""
     seqlen, head_dim = k.shape[2:]
     if k.dtype == v.dtype == torch.float32 and seqlen % TILE == 0 and k.stride(2) == v.stride(2) == head_dim:
-        return [None] * heads
+        yield [None] * heads
+        return
     shape = heads, 2, tiles(seqlen) * TILE, head_dim
-    return workspace.buffer("keys and values", math.prod(shape), torch.float32, k.device)[:math.prod(shape)].view(shape)
+    with workspace.borrowed("keys and values", math.prod(shape), torch.float32, k.device) as memory:
+        yield memory[:math.prod(shape)].view(shape)
 
 
 def _visit_positions(query_tiles: int, seqlen_k: int, backwards: bool) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -36,10 +36,25 @@ class Workspace:
             # Freed first: the old and the new buffer need not exist together.
             self._buffers.pop(key, None)
             del held
-            with self._allocating(), torch.inference_mode(False):
-                held = torch.empty(numel, dtype=dtype, device=device)
-            self._buffers[key] = held
+            held = self._buffers[key] = self._allocate(numel, dtype, device)
         return held
+
+    @contextmanager
+    def borrowed(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+        """The same for one call alone: calls of other threads at the same time get memory of their own."""
+        key = (name, device)
+        held = self._buffers.pop(key, None)
+        if held is None or held.numel() < numel:
+            held = None
+            held = self._allocate(numel, dtype, device)
+        try:
+            yield held
+        finally:
+            self._buffers[key] = held
+
+    def _allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        with self._allocating(), torch.inference_mode(False):
+            return torch.empty(numel, dtype=dtype, device=device)
 
     def mask_table(self, entries: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
         """int64 [B, 2]: for each batch entry the address of its mask words and whether it visits backwards."""

@@ -143,6 +143,17 @@ def test_a_workspace_grows_and_is_kept(place):
     assert workspace.nbytes == 0
 
 
+def test_borrowed_memory_belongs_to_one_call_at_a_time(place):
+    workspace = Workspace()
+    with workspace.borrowed("keys", 100, torch.float32, place) as first:
+        with workspace.borrowed("keys", 50, torch.float32, place) as second:
+            assert first.data_ptr() != second.data_ptr() and second.numel() >= 50
+        assert not first.is_inference()
+    with workspace.borrowed("keys", 80, torch.float32, place) as again:
+        assert again.data_ptr() == first.data_ptr()
+    assert workspace.nbytes == 400
+
+
 def test_tables_of_a_workspace_are_limited(place, monkeypatch):
     """A caller that brings new masks at every call costs a table each, not memory without end."""
     workspace = Workspace()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liteattention.kernels import SkipMask, lite_attention
+from liteattention.kernels import SkipMask, Workspace, lite_attention
 from liteattention.kernels.worker_pool import run_parts
 
 CPU = torch.device("cpu")
@@ -149,7 +149,9 @@ def test_an_interrupt_reaches_the_caller_and_the_rest_is_dropped():
 
 
 def test_calls_from_several_threads_at_once():
-    """Results and masks as one by one, also with different numbers of threads; nobody waits for ever."""
+    """With one workspace, as a run has it: results as one by one, also with different numbers of threads; nobody waits
+    for ever."""
+    workspace = Workspace()
     x = torch.randn(4, 1, 2, 700, 64, generator=torch.Generator().manual_seed(0))
     expected = [lite_attention(y, y, y, backend="torch") for y in x]
     got = {}
@@ -157,7 +159,7 @@ def test_calls_from_several_threads_at_once():
     def call(i):
         torch.set_num_threads(1 + i % 3)
         for _ in range(3):
-            got[i] = lite_attention(x[i], x[i], x[i], backend="torch")
+            got[i] = lite_attention(x[i], x[i], x[i], backend="torch", workspace=workspace)
 
     threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(4)]
     for thread in threads:
