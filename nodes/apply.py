@@ -24,8 +24,8 @@ def rule_input() -> io.DynamicCombo.Input:
     """The rule, and the one number that it goes by: the other one is not on the node."""
     return io.DynamicCombo.Input(
         "rule",
-        tooltip="How tiles of attention are chosen. error budget: by the attention that a token may lose; means the "
-                "same for short and long videos. threshold: the rule of the paper, by a tile's strongest match.",
+        tooltip="How tiles of attention are chosen. error budget: by the attention that a token may lose. "
+                "threshold: the rule of the paper, by a tile's strongest match.",
         options=[
             io.DynamicCombo.Option(BUDGET_RULE, [io.Float.Input(
                 "error_budget", default=BUDGET_DEFAULT, min=BUDGET_MIN, max=BUDGET_MAX, step=0.01,

@@ -1,4 +1,4 @@
-"""Shipped workflows: whole graphs, only core nodes and ours, nothing on top of another, files with their addresses."""
+"""Shipped workflows: whole graphs, only nodes of core and the pack, no overlaps, files with their addresses."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ from liteattention.runtime import ErrorBudget, LiteAttentionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "workflows").glob("*.json"))
-OURS = "comfyui-liteattention"
+PACK = "comfyui-liteattention"
 TITLE_PX = 30
 MODEL_FOLDERS = {"diffusion_models", "text_encoders", "vae", "clip_vision", "checkpoints", "loras"}
 EXPECTED = {"wan2.1_t2v_liteattention", "wan2.1_i2v_liteattention", "wan2.2_14B_t2v_liteattention",
@@ -68,7 +68,7 @@ def test_only_core_nodes_and_nodes_of_the_pack_and_a_note_that_tells(graph):
     for node in graph["nodes"]:
         if node["type"] == "MarkdownNote":
             continue
-        pack = OURS if node["type"].startswith("LiteAttention") else "comfy-core"
+        pack = PACK if node["type"].startswith("LiteAttention") else "comfy-core"
         assert node["properties"]["cnr_id"] == pack and node["properties"]["Node name for S&R"] == node["type"]
 
 
