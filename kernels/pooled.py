@@ -77,11 +77,6 @@ def pool_tiles(k: Tensor, v: Tensor) -> Pooled:
     return Pooled(*means, log_counts, covariance.unflatten(0, (batch, heads)))
 
 
-def score_variance(queries: Tensor, spread: Tensor) -> Tensor:
-    """s of each row, [..., rows, 1]. queries: [..., rows, D], scaled by sm_scale; spread: [..., D, D]."""
-    return ((queries @ spread) * queries).sum(-1, keepdim=True).clamp_min(0)
-
-
 def raised(threshold: float, variance: Tensor, lost_min: float = LOST_MIN, raised_max: float = RAISED_MAX) -> Tensor:
     """The threshold (natural log) of rows with this score variance, of its shape; NaN where that is NaN."""
     lost = (1 - (-variance).exp()).clamp(lost_min, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -154,11 +154,6 @@ class RowState:
     carried: bool = False
 
 
-@dataclass
-class _Layer:
-    rows: dict[Hashable, Row] = field(default_factory=dict)
-
-
 class MaskTable:
     """One mask of batch 1 per (layer, row), allocated once in its final size.
 
@@ -181,7 +176,7 @@ class MaskTable:
         self._allocated = 0
         self._note = note
         self._allocating = allocating
-        self._layers: dict[LayerKey, _Layer] = {}
+        self._layers: dict[LayerKey, dict[Hashable, Row]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -192,7 +187,7 @@ class MaskTable:
     def states(self, key: LayerKey, names: Sequence[Hashable], signature: Signature) -> list[RowState]:
         """What is known of the rows of a call. Changes nothing."""
         with self._lock:
-            rows = self._layers[key].rows if key in self._layers else {}
+            rows = self._layers.get(key, {})
             return [RowState(row.recorded, row.carried) if (row := rows.get(name)) and row.signature == signature
                     else self._new_state(key, name, signature) for name in names]
 
@@ -207,7 +202,7 @@ class MaskTable:
             torch.OutOfMemoryError: no memory for a new mask; the rows that have one keep it.
         """
         with self._lock:
-            rows = self._layers.setdefault(key, _Layer()).rows
+            rows = self._layers.setdefault(key, {})
             for name in names:
                 held = rows.get(name)
                 if held is not None and held.signature != signature:
@@ -236,18 +231,17 @@ class MaskTable:
         """A copy in main memory of every mask that has recorded. Synchronises."""
         with self._lock:
             return CarriedMasks([CarriedMask(key, name, row.signature, row.mask.to("cpu"))
-                                 for key, layer in self._layers.items() for name, row in layer.rows.items()
+                                 for key, rows in self._layers.items() for name, row in rows.items()
                                  if row.recorded])
 
     def all_masks(self) -> dict[LayerKey, dict[Hashable, SkipMask]]:
         """A view of the state for tests."""
-        return {key: {name: row.mask for name, row in layer.rows.items()} for key, layer in self._layers.items()}
+        return {key: {name: row.mask for name, row in rows.items()} for key, rows in self._layers.items()}
 
     def forget(self, key: LayerKey) -> None:
         """Drop a layer's masks, after a call on them failed half-way."""
         with self._lock:
-            layer = self._layers.pop(key, _Layer())
-            self._allocated -= sum(row.mask.nbytes for row in layer.rows.values())
+            self._allocated -= sum(row.mask.nbytes for row in self._layers.pop(key, {}).values())
 
     def close(self) -> None:
         """Free every mask."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from .reasons import CROSS_ATTENTION, DENSE_FASTER, NOT_VIDEO, Reason
@@ -232,8 +231,4 @@ def advise(summary: RunSummary, rule: Rule, faster_dense: str = "") -> list[str]
                      "(weights that move in and out of a full GPU, few tokens)")
     if faster_dense and summary.dense_share > MUCH_DENSE and (share is None or share >= SMALL_SHARE):
         found.append(faster_dense)
-    return _once(found)
-
-
-def _once(sentences: Sequence[str]) -> list[str]:
-    return [sentence for sentence in dict.fromkeys(sentences) if sentence]
+    return [sentence for sentence in dict.fromkeys(found) if sentence]
