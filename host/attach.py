@@ -12,9 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-import comfy.model_patcher
 import torch
-from comfy.patcher_extension import WrappersMP
 
 from ..runtime import (
     AttentionCall,
@@ -26,8 +24,8 @@ from ..runtime import (
     RunSummary,
     SamplingRun,
 )
-from . import containers, families, interop, model_call, progress
-from .compat import allocation_guard, attention_name, faster_dense
+from . import chosen_attention, compat, containers, families, interop, model_call, progress
+from .compat import allocation_guard, attention_name, core, faster_dense
 from .environment import environment
 
 log = logging.getLogger("LiteAttention")
@@ -62,9 +60,16 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
         handle: receives the summary and the masks of each run.
         continue_from: handle of the runs whose masks these runs go on with.
 
+    Where this ComfyUI lacks what the pack needs of it, the model is given back as it is, and the log says so.
+
     Raises:
         ValueError: the model already has ComfyUI's own sparse attention.
     """
+    if missing := compat.missing():
+        text = f"LiteAttention is off: this ComfyUI has no {', '.join(missing)}. Update LiteAttention"
+        log.warning(text)
+        progress.show(text, node_id)
+        return model
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     fallback = options.get(OVERRIDE)
@@ -75,13 +80,12 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
         log.info("LiteAttention: dense calls are computed by the attention found on the model (%s)",
                  attention_name(fallback))
     owner = object()
-    options[OVERRIDE] = make_override(fallback, owner)
-    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY,
-                                 make_run_wrapper(config, owner, node_id, handle or RunHandle(), fallback,
-                                                  continue_from))
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, apply_model)
+    chosen = chosen_attention.chosen(interop.network(patched))
+    options[OVERRIDE] = make_override(fallback, owner, containers.useful(fallback, chosen))
+    run_wrapper = make_run_wrapper(config, owner, node_id, handle or RunHandle(), fallback, continue_from)
+    for kind, wrapper in ((core(compat.OUTER_SAMPLE), run_wrapper), (core(compat.APPLY_MODEL), apply_model)):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
 
 
@@ -102,8 +106,18 @@ def break_evens(fallback: Callable | None) -> BreakEvens:
         return BreakEvens()
 
 
-def make_override(fallback: Callable | None, owner: object) -> Callable:
-    """The attention override. A plain function: ComfyUI up to 0.18 deep-copies callable objects with every clone."""
+def make_override(fallback: Callable | None, owner: object, takes_containers: bool = False) -> Callable:
+    """The attention override. A plain function: ComfyUI up to 0.18 deep-copies callable objects with every clone.
+
+    Args:
+        fallback: computes the dense calls; None: the attention that the layer has chosen, or the called function.
+        takes_containers: whether the override has an entry for containers.
+    """
+
+    def chosen(keywords: dict) -> Callable | None:
+        """The layer's own attention, unless an override would have stood in its place without this one, too."""
+        options = keywords.get("transformer_options") or {}
+        return chosen_attention.current(options) if fallback is None and options.get(OVERRIDE) is override else None
 
     def lite_attention_override(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
                                 skip_output_reshape=False, **kwargs):
@@ -112,14 +126,15 @@ def make_override(fallback: Callable | None, owner: object) -> Callable:
             arguments = dict(mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
                              skip_output_reshape=skip_output_reshape, **kwargs)
             if fallback is None:
-                return func(q, k, v, heads, **arguments)
+                return (own or func)(q, k, v, heads, **arguments)
             return fallback(func, q, k, v, heads, **arguments)
 
+        own = chosen(kwargs)
         forward_pass, layer = _caller(kwargs, owner)
         if forward_pass is None:
             return run_fallback()
         call = AttentionCall.from_hook(q, k, v, heads, mask, skip_reshape, skip_output_reshape, kwargs.get("scale"))
-        return forward_pass.attend(call, layer, run_fallback)
+        return forward_pass.attend(call, layer, run_fallback, _dense_by(fallback, own, func))
 
     def container_function(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
                            skip_output_reshape=False, **kwargs):
@@ -129,16 +144,17 @@ def make_override(fallback: Callable | None, owner: object) -> Callable:
         def run_fallback() -> torch.Tensor:
             if call is not None:
                 call.release()
-            return containers.fallback_with_containers(fallback, q, k, v, heads, arguments)
+            return containers.fallback_with_containers(fallback, own, q, k, v, heads, arguments)
 
-        call = None
+        call, own = None, chosen(kwargs)
         forward_pass, layer = _caller(kwargs, owner)
         if forward_pass is None:
             return run_fallback()
         call = AttentionCall.from_hook(q.peek(), k.peek(), v.peek(), heads, mask, skip_reshape, skip_output_reshape,
                                        kwargs.get("scale"))
         try:
-            return forward_pass.attend(call, layer, run_fallback)
+            return forward_pass.attend(call, layer, run_fallback,
+                                       _dense_by(fallback, own, containers.core_attention()))
         finally:
             containers.empty(q, k, v)
 
@@ -146,8 +162,16 @@ def make_override(fallback: Callable | None, owner: object) -> Callable:
     # layer would share the first one's mask.
     override = torch.compiler.disable(lite_attention_override)
     setattr(override, _FALLBACK, fallback)
-    setattr(override, containers.ENTRY, torch.compiler.disable(container_function))
+    if takes_containers:
+        setattr(override, containers.ENTRY, torch.compiler.disable(container_function))
     return override
+
+
+def _dense_by(fallback: Callable | None, own: Callable | None, func: Callable) -> str:
+    """Display name of the attention that computes a dense call."""
+    if fallback is None and own is not None:
+        return f"{attention_name(own)}, which the checkpoint has chosen"
+    return attention_name(fallback or func)
 
 
 def _caller(keywords: dict, owner: object) -> tuple[ForwardPass | None, LayerId | None]:
@@ -167,18 +191,19 @@ def _caller(keywords: dict, owner: object) -> tuple[ForwardPass | None, LayerId 
 def apply_model(executor: Callable, x: torch.Tensor, t: torch.Tensor, c_concat: Any = None, c_crossattn: Any = None,
                 control: Any = None, transformer_options: dict | None = None, **kwargs: Any) -> Any:
     """APPLY_MODEL wrapper: gives the forward pass its context, in the per-call transformer_options."""
-    hung = (transformer_options or {}).get(KEY)
-    if isinstance(hung, _HungRun):
-        module = getattr(executor.class_obj, "diffusion_model", None)
-        forward_pass = _forward_pass(hung, executor.class_obj, x, c_crossattn, transformer_options, kwargs)
-        with ExitStack() as stack:
-            numbered = {**transformer_options, FORWARD_KEY: (hung.owner, hung.run, forward_pass)}
+    module = getattr(executor.class_obj, "diffusion_model", None)
+    options = transformer_options or {}
+    hung = options.get(KEY)
+    with ExitStack() as stack:
+        if isinstance(hung, _HungRun):
+            forward_pass = _forward_pass(hung, executor.class_obj, x, c_crossattn, options, kwargs)
+            options = {**options, FORWARD_KEY: (hung.owner, hung.run, forward_pass)}
             try:
-                numbered = stack.enter_context(families.numbered(module, numbered))
+                options = stack.enter_context(families.numbered(module, options))
             except Exception as error:
                 hung.run.notes.add(f"the blocks of the model cannot be numbered. {_text(error)}")
-            return executor(x, t, c_concat, c_crossattn, control, numbered, **kwargs)
-    return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        options = stack.enter_context(chosen_attention.followed(module, options))
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
 def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Tensor | None, options: dict,
@@ -211,12 +236,13 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
                      disable_pbar=False, seed=None, **kwargs):
         guider = executor.class_obj
         device = guider.model_patcher.load_device
+        chosen = next(iter(chosen_attention.chosen(interop.network(guider.model_patcher))), None)
         carried, why_none = continue_from.carried() if continue_from is not None else (None, "")
         handle.start(progress.prompt_id())
         ticker = progress.Ticker(node_id)
         run = SamplingRun(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed,
                           carried=carried, on_step=lambda report: ticker.show(report.text),
-                          fallback=attention_name(fallback), faster_dense=faster_dense(fallback, device))
+                          faster_dense=faster_dense(fallback or chosen, device))
         if why_none:
             run.notes.add(f"continue_from: {why_none}; the masks start anew")
         original_options = guider.model_options
@@ -241,13 +267,13 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
 def run_handle(model: Any) -> RunHandle | None:
     """The handle that receives the summaries of a patched model's runs, or None for a model that `attach` has not
     patched. Nodes after it may have cloned the model."""
-    wrappers = model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
+    wrappers = model.get_wrappers(core(compat.OUTER_SAMPLE), KEY)
     return getattr(wrappers[-1], _HANDLE, None) if wrappers else None
 
 
 def _with_run(model_options: dict, run: SamplingRun, owner: object) -> dict:
     """A clone of a guider's options with the run in it, or without where they are not understood."""
-    options = comfy.model_patcher.create_model_options_clone(model_options)
+    options = core(compat.CLONE_OPTIONS)(model_options)
     transformer_options = options.setdefault("transformer_options", {})
     try:
         if interop.compiled_as_one_graph(options):

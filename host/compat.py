@@ -1,12 +1,22 @@
-"""Differences between ComfyUI versions, each with the version that ends it."""
+"""What this folder uses of ComfyUI, and differences between its versions."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
+from typing import Any
 
-import comfy.ldm.modules.attention as attention
 import torch
+
+CLONE_OPTIONS = "comfy.model_patcher:create_model_options_clone"
+OUTER_SAMPLE = "comfy.patcher_extension:WrappersMP.OUTER_SAMPLE"
+APPLY_MODEL = "comfy.patcher_extension:WrappersMP.APPLY_MODEL"
+REQUIRED = (CLONE_OPTIONS, OUTER_SAMPLE, APPLY_MODEL, "comfy.model_patcher:ModelPatcher.clone",
+            "comfy.model_patcher:ModelPatcher.add_wrapper_with_key",
+            "comfy.model_patcher:ModelPatcher.remove_wrappers_with_key")
+"""Without one of these the attention of a model is left as it was."""
 
 _NAMES = {
     "attention_pytorch": "PyTorch's attention", "attention_sub_quad": "ComfyUI's sub-quadratic attention",
@@ -17,44 +27,52 @@ _NAMES = {
 """Display names of ComfyUI's own attentions."""
 
 
+def core(path: str) -> Any:
+    """What ComfyUI has at "module:attribute.attribute", or None."""
+    module, _, names = path.partition(":")
+    try:
+        return attrgetter(names)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return None
+
+
+def missing() -> list[str]:
+    """What is required and not in this ComfyUI."""
+    return [path for path in REQUIRED if core(path) is None]
+
+
 def allocation_guard() -> AbstractContextManager:
     """To hold around allocations that outlive a transformer block.
 
     From 0.34 on ComfyUI may record a block's allocations and replay them; memory that stays has to be kept out
     of the recording. Older versions have no recorder.
     """
-    try:
-        import comfy.model_prefetch as prefetch
-    except ImportError:
-        return nullcontext()
-    pause = getattr(prefetch, "pause_malloc_graph", None)
+    pause = core("comfy.model_prefetch:pause_malloc_graph")
     return pause() if pause is not None else nullcontext()
 
 
-def attention_name(override: Callable | None) -> str:
-    """Display name, without a path, of the fallback attention: ComfyUI's own function, or the override found on a model
-    and the pack that it comes from."""
-    if override is None:
-        return _name(attention.optimized_attention)
-    # The override of *Model Attention Backend* has the same name for every backend.
-    captured = getattr(getattr(override, "__code__", None), "co_freevars", ())
-    if "optimized_attention" in captured:
-        return _name(override.__closure__[captured.index("optimized_attention")].cell_contents)
-    module = str(getattr(override, "__module__", None) or "")
-    folder, _, file = module.replace("\\", "/").rpartition("/")  # modules of custom nodes are named by their path
-    return f"{_name(override)} of {file.split('.')[0] if folder else module}" if module else _name(override)
-
-
-def _name(function: Callable) -> str:
+def attention_name(function: Callable) -> str:
+    """Display name, without a path, of an attention: one of ComfyUI's own, or an override and the pack that it comes
+    from."""
     name = getattr(function, "__name__", type(function).__name__)
-    return _NAMES.get(name, name)
+    if name in _NAMES:
+        return _NAMES[name]
+    # The override of *Model Attention Backend* has the same name for every backend.
+    captured = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    if "optimized_attention" in captured:
+        return attention_name(function.__closure__[captured.index("optimized_attention")].cell_contents)
+    module = str(getattr(function, "__module__", None) or "")
+    folder, _, file = module.replace("\\", "/").rpartition("/")  # modules of custom nodes are named by their path
+    return f"{name} of {file.split('.')[0] if folder else module}" if module else name
 
 
 def faster_dense(override: Callable | None, device: torch.device) -> str:
     """Advice where PyTorch's attention computes dense calls and ComfyUI has a faster one (INT8, from 0.33 on), else "".
     The pack does not switch it on, because it changes the video."""
-    if (override is None and device.type == "cuda" and attention.optimized_attention is attention.attention_pytorch
-            and getattr(attention, "COMFY_KITCHEN_INT8_ATTENTION_IS_AVAILABLE", False)):
+    own, pytorch = (core(f"comfy.ldm.modules.attention:{name}") for name in ("optimized_attention",
+                                                                             "attention_pytorch"))
+    if (override is None and device.type == "cuda" and own is not None and own is pytorch
+            and core("comfy.ldm.modules.attention:COMFY_KITCHEN_INT8_ATTENTION_IS_AVAILABLE")):
         return ("for dense calls, Model Attention Backend with comfy kitchen attention before LiteAttention "
                 "(INT8, changes the video a little)")
     return ""

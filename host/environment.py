@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..runtime import triton_package
+from . import interop
 
 UNKNOWN = "unknown"
 
@@ -39,5 +40,5 @@ def environment(patcher: Any) -> dict[str, str]:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     except Exception:  # a broken driver: the run has a note on it
         name = UNKNOWN
-    network = getattr(getattr(patcher, "model", None), "diffusion_model", None)
+    network = interop.network(patcher)
     return {**_versions(), "device": name, "model": type(getattr(network, "_orig_mod", network)).__name__}

@@ -7,17 +7,23 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from comfy.patcher_extension import CallbacksMP
 
 from ..runtime.reasons import CROSS_ATTENTION, SPARSE_ON_TOP, Reason
+from .compat import core
 
 OVERRIDE = "optimized_attention_override"
+_PREPARE_STATE = "comfy.patcher_extension:CallbacksMP.ON_PREPARE_STATE"
 _SPARSE_MODULE = "comfy_extras.nodes_sparse_attention"
 _SPARSE_KEY = "block_sparse_attention"
 
 SPARSE_NOTE = "Model Sparse Attention, applied after this node, has the attention. Remove one of the two nodes"
 FULLGRAPH_NOTE = ("torch.compile is set to fullgraph, and attention that keeps masks cannot be part of a graph; "
                   "LiteAttention is off in this run. Turn fullgraph off")
+
+
+def network(patcher: Any) -> torch.nn.Module | None:
+    """The diffusion model of a ModelPatcher."""
+    return getattr(getattr(patcher, "model", None), "diffusion_model", None)
 
 
 def compiled_as_one_graph(model_options: Mapping) -> bool:
@@ -76,7 +82,7 @@ def replaced_attention(model: Any, sparse_calls: int, dense_calls: Mapping[Reaso
 
 
 def _has_sparse(model: Any) -> bool:
-    return _SPARSE_KEY in (getattr(model, "callbacks", {}).get(CallbacksMP.ON_PREPARE_STATE) or {})
+    return _SPARSE_KEY in (getattr(model, "callbacks", {}).get(core(_PREPARE_STATE)) or {})
 
 
 class Repeats:

@@ -50,7 +50,7 @@ class Counters:
         allocating: context manager to hold around allocations (see `Workspace`).
 
     Attributes:
-        sparse: sparse calls. dense: dense calls by reason.
+        sparse: sparse calls. dense: dense calls by reason. dense_by: by the attention that computed them.
         tiles_computed, tiles_total: of all self-attention calls over the video's tokens, in closed steps.
         sparse_computed, sparse_total: of the sparse calls among them. dense_tiles: of the dense calls among them.
         per_step: step -> [computed, total]; per_layer: display name -> step -> the same of the sparse calls.
@@ -58,6 +58,7 @@ class Counters:
 
     def __init__(self, allocating: Callable[[], AbstractContextManager] = nullcontext) -> None:
         self.dense: Counter[Reason] = Counter()
+        self.dense_by: Counter[str] = Counter()
         self.sparse = 0
         self.tokens = 0
         self.tiles_computed = 0
@@ -109,11 +110,13 @@ class Counters:
             layer.fresh += fresh
             self._open[1] += tiles
 
-    def add_dense(self, forward_pass: Hashable, reason: Reason, tiles: int) -> None:
-        """A dense call; `tiles` > 0 if it was a self-attention over the video's tokens."""
+    def add_dense(self, forward_pass: Hashable, reason: Reason, tiles: int, dense_by: str = "") -> None:
+        """A dense call, computed by the attention of that name; `tiles` > 0 if it was a self-attention over the video's
+        tokens."""
         with self._lock:
             self._passes.add(forward_pass)
             self.dense[reason] += 1
+            self.dense_by[dense_by] += 1
             self._open[0] += tiles
             self._open[1] += tiles
             self.dense_tiles += tiles
@@ -138,6 +141,10 @@ class Counters:
             self.tiles_computed += computed
             self.tiles_total += total
             return 1 - computed / total if total else None
+
+    def dense_by_text(self) -> str:
+        """Display names of the attentions that computed dense calls, the most used first."""
+        return " and ".join(name for name, _ in self.dense_by.most_common() if name)
 
     def skipped_so_far(self) -> float:
         """Skipped share of the run up to the last closed step."""

@@ -84,8 +84,10 @@ class ForwardPass:
         self._stays_dense = stays_dense
         self._ordinals: Counter[str] = Counter()
 
-    def attend(self, call: AttentionCall, layer: LayerId | None, fallback: Callable[[], Tensor]) -> Tensor:
-        """The call's result in the layout that its caller wants: from the sparse kernel, or from `fallback()`.
+    def attend(self, call: AttentionCall, layer: LayerId | None, fallback: Callable[[], Tensor],
+               dense_by: str = "") -> Tensor:
+        """The call's result in the layout that its caller wants: from the sparse kernel, or from `fallback()`, whose
+        display name is `dense_by`.
 
         Never raises on behalf of sparse attention, out-of-memory excepted: `fallback` computes every call that cannot
         be sparse, counted by reason.
@@ -95,7 +97,7 @@ class ForwardPass:
         try:
             reason = self._other_attention(call, layer)
             if reason is None:
-                over_video, shape = True, self._shape(call)
+                over_video, shape = True, self._shape(call, dense_by)
                 decision = self._decide(call, layer)
                 done = self._compute(call, decision, shape) if isinstance(decision, Plan) else decision
                 if not isinstance(done, Reason):
@@ -108,7 +110,7 @@ class ForwardPass:
         batch, tiles = call.batch, _tiles(call) if over_video else 0  # asked now: `fallback` may release the call
         with parts.times.timed(shape, DENSE, batch, every_tile=reason in _COMPARABLE):
             out = fallback()
-        parts.counters.add_dense(self._number, reason, tiles)
+        parts.counters.add_dense(self._number, reason, tiles, dense_by)
         return out
 
     def _other_attention(self, call: AttentionCall, layer: LayerId | None) -> Reason | None:
@@ -167,13 +169,13 @@ class ForwardPass:
         parts.times.add_sparse(plan.key, shape)
         return out
 
-    def _shape(self, call: AttentionCall) -> CallShape | None:
+    def _shape(self, call: AttentionCall, dense_by: str) -> CallShape | None:
         """What the time of the call depends on; None where nothing is timed."""
         device = call.q.device
         if self._parts.sparse.backend(device) is None:
             return None
         return CallShape(device, call.heads, call.seqlen_q, call.head_dim, call.q.dtype,
-                         self._parts.sparse.precision(call))
+                         self._parts.sparse.precision(call), dense_by)
 
 
 def _tiles(call: AttentionCall) -> int:

@@ -80,7 +80,6 @@ class SamplingRun:
         allocating: gives a context manager to hold around allocations that outlive a call.
         break_evens: what earlier runs with the same fallback attention have timed, and where this one adds.
         carried: masks of the run that this one continues.
-        fallback: display name of the attention that computes dense calls.
         faster_dense: a sentence that names a faster one to put in its place, where there is one.
     """
 
@@ -88,7 +87,7 @@ class SamplingRun:
                  on_step: Callable[[StepReport], None] | None = None,
                  allocating: Callable[[], AbstractContextManager] = nullcontext,
                  break_evens: BreakEvens | None = None, carried: CarriedMasks | None = None,
-                 fallback: str = "", faster_dense: str = ""):
+                 faster_dense: str = ""):
         self.config = config
         self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps)
         self.notes = Notes()
@@ -100,7 +99,7 @@ class SamplingRun:
         self.layout: VideoLayout | None = None
         self._parts = RunParts(config, parse_blocks(config.dense_blocks), lambda: self.step, self.phase, self.masks,
                                self.sparse, self.counters, self.times)
-        self._fallback, self._faster_dense = fallback, faster_dense
+        self._faster_dense = faster_dense
         self._on_step = on_step
         self._began: float | None = None
         self._seconds: float | None = None
@@ -179,7 +178,7 @@ class SamplingRun:
             tiles_computed=counters.tiles_computed, tiles_total=counters.tiles_total, dense_tiles=counters.dense_tiles,
             skipped_per_step=counters.shares(steps), layers=counters.layer_shares(steps),
             mask_bytes=self.masks.peak_bytes, tokens=counters.tokens, backend=self.sparse.describe(),
-            fallback=self._fallback, carried_bytes=self._carried_bytes, break_evens=self.times.report(),
+            fallback=counters.dense_by_text(), carried_bytes=self._carried_bytes, break_evens=self.times.report(),
             saved=self.times.saved(counters), seconds=self._seconds, settings=self.config.to_dict(),
             notes=self.notes.lines())
         return replace(summary, advice=advise(summary, self.config.rule, self._faster_dense))

@@ -36,7 +36,8 @@ DENSE, SPARSE = "dense", "sparse"
 
 
 class CallShape(NamedTuple):
-    """What the break-even depends on. `precision`: "full" or "int8", as the call is computed."""
+    """What the break-even depends on. `precision`: "full" or "int8", as the sparse kernel computes the call.
+    `dense_by`: display name of the attention that computes dense ones."""
 
     device: torch.device
     heads: int
@@ -44,6 +45,7 @@ class CallShape(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     precision: str
+    dense_by: str = ""
 
     @property
     def tiles(self) -> int:
@@ -52,7 +54,8 @@ class CallShape(NamedTuple):
 
     def __str__(self) -> str:
         return (f"{self.heads} heads x {self.seqlen} tokens x {self.head_dim}, "
-                f"{str(self.dtype).removeprefix('torch.')}, {self.precision}, on {self.device}")
+                f"{str(self.dtype).removeprefix('torch.')}, {self.precision}, on {self.device}"
+                + (f", against {self.dense_by}" if self.dense_by else ""))
 
 
 @dataclass(frozen=True)
