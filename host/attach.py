@@ -6,9 +6,9 @@ import json
 import logging
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -44,9 +44,9 @@ class _HungRun:
 
     run: SamplingRun
     owner: object
-    ordinary: object
+    ordinary: Hashable
     moving_windows: bool
-    repeats: interop.Repeats = field(default_factory=interop.Repeats)
+    evaluations: interop.Evaluations
 
 
 def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = None,
@@ -213,10 +213,11 @@ def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Te
     run = hung.run
     try:
         rows, window = model_call.row_names(options, x.shape[0]), model_call.window_key(options)
-        stays_dense = interop.sparse_on_top(options) or model_call.dense_reason(options, hung.ordinary,
-                                                                               hung.moving_windows)
+        evaluation = hung.evaluations.of(id(model), window, options)
+        stays_dense = interop.sparse_on_top(options) or model_call.dense_reason(
+            options, (hung.ordinary, evaluation.first), hung.moving_windows)
         if stays_dense is None:
-            repeat = hung.repeats.number(id(model), window, rows, options)
+            repeat = evaluation.number(window, rows)
             window = (window, repeat) if repeat else window
         return run.forward_pass(
             model=id(model), rows=rows, window=window, stays_dense=stays_dense,
@@ -254,7 +255,7 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
             run.sparse.backend(device)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(run, callback),
                               disable_pbar, seed, **kwargs)
-            _finish(run, handle, guider.model_patcher)
+            _finish(run, handle, guider)
             return result
         finally:
             guider.model_options = original_options
@@ -281,7 +282,8 @@ def _with_run(model_options: dict, run: SamplingRun, owner: object) -> dict:
             interop.take_off(transformer_options, _FALLBACK)
             return options
         transformer_options[KEY] = _HungRun(run, owner, model_call.pass_fingerprint(transformer_options),
-                                            model_call.windows_move(options))
+                                            model_call.windows_move(options),
+                                            interop.Evaluations(run.begin_evaluation))
     except Exception as error:
         run.notes.add(f"the model's options are not understood; attention stays dense. {_text(error)}")
     return options
@@ -300,12 +302,14 @@ def _step_callback(run: SamplingRun, callback: Callable | None) -> Callable:
     return lite_attention_step
 
 
-def _finish(run: SamplingRun, handle: RunHandle, patcher: Any) -> None:
+def _finish(run: SamplingRun, handle: RunHandle, guider: Any) -> None:
     """After the last step. Never raises: the latent is there."""
     try:
-        replaced = interop.replaced_attention(patcher, run.counters.sparse, run.counters.dense)
-        if replaced:
-            run.notes.add(replaced)
+        options = guider.model_options.get("transformer_options") or {}
+        run.finish()
+        if run.evaluated and KEY in options:
+            run.unreached = interop.unreached(guider.model_patcher, options, _FALLBACK, run.counters.sparse,
+                                              run.counters.dense)
         handle.finish(run)
     except Exception as error:
         run.notes.add(f"the masks of this run are lost to later nodes. {_text(error)}")

@@ -1,21 +1,24 @@
-"""Other nodes on the same model: conflicts, replaced attention, repeated calls."""
+"""Other nodes on the same model: conflicts, replaced attention, passes of one evaluation."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..runtime.reasons import CROSS_ATTENTION, SPARSE_ON_TOP, Reason
-from .compat import core
+from . import model_call
+from .compat import attention_name, core
 
 OVERRIDE = "optimized_attention_override"
 _PREPARE_STATE = "comfy.patcher_extension:CallbacksMP.ON_PREPARE_STATE"
 _SPARSE_MODULE = "comfy_extras.nodes_sparse_attention"
 _SPARSE_KEY = "block_sparse_attention"
 
+NO_CALL, NO_SELF_ATTENTION = (f"no {calls} reached LiteAttention: " for calls in ("attention call", "self-attention"))
 SPARSE_NOTE = "Model Sparse Attention, applied after this node, has the attention. Remove one of the two nodes"
 FULLGRAPH_NOTE = ("torch.compile is set to fullgraph, and attention that keeps masks cannot be part of a graph; "
                   "LiteAttention is off in this run. Turn fullgraph off")
@@ -64,56 +67,96 @@ def sparse_on_top(options: Mapping) -> Reason | None:
     return SPARSE_ON_TOP if getattr(options.get(OVERRIDE), "__module__", "") == _SPARSE_MODULE else None
 
 
-def replaced_attention(model: Any, sparse_calls: int, dense_calls: Mapping[Reason, int]) -> str | None:
-    """The note on a run in which no self-attention reached LiteAttention, or None.
+def unreached(patcher: Any, options: Mapping, fallback: str, sparse_calls: int,
+              dense_calls: Mapping[Reason, int]) -> str:
+    """Why no self-attention reached LiteAttention in a run that has evaluated its model, and what to do; "" where one
+    did.
 
     Args:
-        model: the ModelPatcher of the run.
+        patcher: the ModelPatcher of the run. options: its transformer_options.
+        fallback: the attribute of LiteAttention's override that holds the fallback attention.
         dense_calls: by reason.
     """
-    if not sparse_calls and not dense_calls and _has_sparse(model):
-        return SPARSE_NOTE
-    if sparse_calls or set(dense_calls) != {CROSS_ATTENTION}:
-        return None
-    patched = [name for name in getattr(model, "object_patches", ()) if name.endswith("attn.forward")]
-    by = (f"a node has replaced {patched[0]} and {len(patched) - 1} more; remove it, or this one" if patched
-          else "the model, or a node, computes it in another way")
-    return f"no self-attention reached LiteAttention: {by}"
+    if sparse_calls or set(dense_calls) - {CROSS_ATTENTION}:
+        return ""
+    on_top = options.get(OVERRIDE)
+    if not dense_calls and not hasattr(on_top, fallback):
+        name = "another attention" if on_top is None else attention_name(on_top)
+        return SPARSE_NOTE if _has_sparse(patcher) else (
+            f"{NO_CALL}{name}, set by a node after it, has the attention; put LiteAttention last before the sampler")
+    reached = NO_SELF_ATTENTION if dense_calls else NO_CALL
+    replaced = _replaced_modules(patcher)
+    if replaced:
+        return f"{reached}a node has replaced {replaced[0]} and {len(replaced) - 1} more; remove it, or this one"
+    if (options.get("patches_replace") or {}).get("dit"):
+        return f"{reached}a node computes whole blocks of the model; remove it, or this one"
+    return f"{reached}the model, or a node, computes it in another way; LiteAttention cannot make this model faster"
+
+
+def _replaced_modules(patcher: Any) -> list[str]:
+    """The forwards of attention modules that another node has replaced, by name."""
+    patched = [name for name in getattr(patcher, "object_patches", ()) if name.endswith(".forward")]
+    patched += [f"diffusion_model.{name}.forward" for name, module in getattr(network(patcher), "named_modules", list)()
+                if "forward" in vars(module)]
+    return [name for name in dict.fromkeys(patched) if "attn" in name or "attention" in name]
 
 
 def _has_sparse(model: Any) -> bool:
     return _SPARSE_KEY in (getattr(model, "callbacks", {}).get(core(_PREPARE_STATE)) or {})
 
 
-class Repeats:
-    """How often each row has been evaluated in the present call that the sampler made of the model.
+@dataclass
+class Evaluation:
+    """One call that a sampler makes of a model, which a guider may answer by several passes of the network.
 
-    Nodes that cut a latent into tiles evaluate every tile with the same conditionings, and guiders may add passes of
-    their own. Each of these passes is another image: it has masks of its own, found again by its place in the order.
+    Attributes:
+        sigmas: all its passes have this very tensor. A look at its value would wait for the device, and a sampler may
+            come back to a noise level.
+        first: fingerprint of its first pass. A guider's extra passes come later; patches that other nodes put on the
+            model while it runs are on the first pass, too. None where passes cannot be told apart.
     """
 
-    def __init__(self) -> None:
-        self._last: dict[Hashable, tuple[torch.Tensor, Counter]] = {}
+    sigmas: torch.Tensor | None
+    first: Hashable
+    counts: Counter = field(default_factory=Counter)
 
-    def number(self, model: Hashable, window: Hashable, rows: Sequence[Hashable] | None, options: Mapping) -> int:
-        """How often one of `rows` came before, within this call of the sampler; counts them.
+    def number(self, window: Hashable, rows: Sequence[Hashable] | None) -> int:
+        """How often one of `rows` came before in this evaluation; counts them.
+
+        Nodes that cut a latent into tiles evaluate every tile with the same conditionings, and guiders may add passes
+        of their own. Each of these passes is another image: it has masks of its own, found again by this number.
 
         Args:
-            model: identity of the network; one thread evaluates it.
             window: identity of the context window, or None.
             rows: from `row_names`.
-            options: the transformer_options of the call.
         """
-        sigmas = options.get("sigmas")
-        if sigmas is None or not rows:
+        if self.sigmas is None or not rows:
             return 0
-        # All calls that come of one call by the sampler have the very tensor; looking at its value would wait for the
-        # device, and a sampler may come back to a noise level.
-        last, counts = self._last.get(model, (None, None))
-        if last is not sigmas:
-            counts = Counter()
-            self._last[model] = sigmas, counts
-        number = max(counts[window, row] for row in rows)
+        number = max(self.counts[window, row] for row in rows)
         for row in rows:
-            counts[window, row] = number + 1
+            self.counts[window, row] = number + 1
         return number
+
+
+class Evaluations:
+    """The present evaluation of each network of a run. One thread evaluates a network.
+
+    Args:
+        begun: called at the start of each evaluation of the network, and the context window, that came first.
+    """
+
+    def __init__(self, begun: Callable[[], None]) -> None:
+        self._present: dict[Hashable, Evaluation] = {}
+        self._begun = begun
+        self._first: Hashable = None
+
+    def of(self, model: Hashable, window: Hashable, options: Mapping) -> Evaluation:
+        """The evaluation that a pass with these transformer_options belongs to."""
+        sigmas, present = options.get("sigmas"), self._present.get(model)
+        if present is None or sigmas is None or present.sigmas is not sigmas:
+            present = Evaluation(sigmas, None if sigmas is None else model_call.pass_fingerprint(options))
+            self._present[model] = present
+            self._first = self._first or (model, window)
+            if sigmas is not None and self._first == (model, window):
+                self._begun()
+        return present

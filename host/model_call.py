@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from ..runtime import LayerId, RowName
@@ -92,12 +92,12 @@ def pass_fingerprint(options: Mapping) -> Hashable:
     return patches, tuple(flag for flag in _PASS_FLAGS if flag in options)
 
 
-def dense_reason(options: Mapping, ordinary: Hashable, moving_windows: bool) -> Reason | None:
+def dense_reason(options: Mapping, ordinary: Collection[Hashable], moving_windows: bool) -> Reason | None:
     """Why a whole pass stays dense, or None.
 
     Args:
-        ordinary: fingerprint of the run's ordinary passes.
+        ordinary: fingerprints of ordinary passes.
     """
-    if pass_fingerprint(options) != ordinary:
+    if pass_fingerprint(options) not in ordinary:
         return EXTRA_PASS
     return MOVING_WINDOWS if moving_windows else None

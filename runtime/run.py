@@ -23,6 +23,9 @@ from .video_tokens import VideoLayout
 
 log = logging.getLogger("LiteAttention")
 
+SILENT_EVALUATIONS = 3
+"""No sampler of ComfyUI evaluates its model more often before it reports a step."""
+
 NO_RUN = "the run to continue has not happened"
 NOT_FINISHED = "the run to continue did not finish"
 SEVERAL = "several runs of that node happened in this prompt, and which one to continue is not certain"
@@ -80,7 +83,11 @@ class SamplingRun:
         allocating: gives a context manager to hold around allocations that outlive a call.
         break_evens: what earlier runs with the same fallback attention have timed, and where this one adds.
         carried: masks of the run that this one continues.
-        faster_dense: a sentence that names a faster one to put in its place, where there is one.
+        faster_dense: a sentence that names a faster attention for dense calls, where there is one.
+
+    Attributes:
+        step: from 0. layout: of the last forward pass.
+        unreached: why no self-attention reached the pack, from the host; "" where one did.
     """
 
     def __init__(self, config: LiteAttentionConfig, total_steps: int, *,
@@ -96,6 +103,7 @@ class SamplingRun:
         self.sparse = SparseAttention(config, self.masks, self.notes, allocating)
         self.times = AttentionTimes(break_evens if break_evens is not None else BreakEvens(), self.notes.add)
         self.step = 0
+        self.unreached = ""
         self.layout: VideoLayout | None = None
         self._parts = RunParts(config, parse_blocks(config.dense_blocks), lambda: self.step, self.phase, self.masks,
                                self.sparse, self.counters, self.times)
@@ -104,6 +112,8 @@ class SamplingRun:
         self._began: float | None = None
         self._seconds: float | None = None
         self._carried_bytes = 0
+        self._evaluations = 0
+        self._reports_steps = False
         self._numbers = itertools.count()
         self._summary: RunSummary | None = None
 
@@ -120,12 +130,28 @@ class SamplingRun:
         self.layout = VideoLayout(tokens, frame_tokens) if tokens is not None and frame_tokens else None
         return ForwardPass(self._parts, next(self._numbers), **context)
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether a model was evaluated."""
+        return self._began is not None
+
+    def begin_evaluation(self) -> None:
+        """The sampler calls its model. Where it reports no steps, every further evaluation counts as one."""
+        self._evaluations += 1
+        if not self._reports_steps and self._evaluations > SILENT_EVALUATIONS:
+            self.notes.add("the sampler reports no steps; every evaluation of the model counts as one")
+            self._end_step(self.step)
+
     def phase(self) -> Phase:
         """The phase of the current step."""
         return self.plan.phase(self.step)
 
     def end_step(self, step: int) -> StepReport:
         """The sampler has finished `step` (counted from 0)."""
+        self._reports_steps = True
+        return self._end_step(step)
+
+    def _end_step(self, step: int) -> StepReport:
         phase = self.phase()
         if phase in (Phase.WARMUP, Phase.RECORD) and self.masks.carried_rows:
             phase = Phase.SPARSE
@@ -140,6 +166,11 @@ class SamplingRun:
         if self._on_step is not None:
             self._on_step(report)
         return report
+
+    def finish(self) -> None:
+        """The sampler has returned. Where it has reported no steps, that was the last one."""
+        if self.evaluated and not self._reports_steps:
+            self._end_step(self.plan.total_steps - 1)
 
     def carry(self) -> tuple[CarriedMasks | None, str]:
         """(the masks, in main memory, ""), or (None, why there are none). Never raises."""
@@ -180,5 +211,5 @@ class SamplingRun:
             mask_bytes=self.masks.peak_bytes, tokens=counters.tokens, backend=self.sparse.describe(),
             fallback=counters.dense_by_text(), carried_bytes=self._carried_bytes, break_evens=self.times.report(),
             saved=self.times.saved(counters), seconds=self._seconds, settings=self.config.to_dict(),
-            notes=self.notes.lines())
+            notes=self.notes.lines(), unreached=self.unreached)
         return replace(summary, advice=advise(summary, self.config.rule, self._faster_dense))

@@ -22,8 +22,7 @@ MUCH_DENSE = 0.1
 _OTHER = {CROSS_ATTENTION: "cross-attention calls", NOT_VIDEO: "calls over other tokens"}
 """Reasons of calls that are no self-attention over the video."""
 
-NOT_REACHED = ("no attention call reached LiteAttention: a node after it replaced the attention; put LiteAttention "
-               "last before the sampler")
+NOT_REACHED = "no attention call reached LiteAttention"
 
 
 def bytes_text(nbytes: int) -> str:
@@ -83,6 +82,7 @@ class RunSummary:
         saved: attention time, or None where it was not timed.
         seconds: from the first evaluation to the end of the last step; None if no step has finished.
         settings: the node's settings.
+        unreached: why no self-attention reached the pack and what to do; "" where one did.
         notes: events worth a line. advice: what to try.
         environment: versions, device and model, for bug reports.
     """
@@ -108,6 +108,7 @@ class RunSummary:
     saved: TimeSaved | None = None
     seconds: float | None = None
     settings: dict = field(default_factory=dict)
+    unreached: str = ""
     notes: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
@@ -163,8 +164,8 @@ class RunSummary:
         """On, or why not; how much was skipped, how fast, and the first thing to change."""
         if not self.sparse_calls:
             why = self.main_reason()
-            if why is None:
-                return f"off: {NOT_REACHED}"
+            if self.unreached or why is None:
+                return f"off: {self.unreached or NOT_REACHED}"
             return "; try: ".join(filter(None, (f"off: {why}", self.advice[0] if self.advice else "")))
         parts = [f"on: {self.skipped:.1%} of attention skipped"]
         if self.speed_up is not None:

@@ -35,13 +35,14 @@ KERNELS = ROOT / "kernels"
 MESSAGES = {
     "notes": pieces(r"note(?:s\.add)?\(", *SOURCES),
     "notes about other nodes": {text for path in SOURCES for name, text in constants(path) if name.endswith("_NOTE")},
+    "why nothing reaches the pack": pieces(r'return(?= f"{reached})', ROOT / "host" / "interop.py"),
     "notes about masks": {masks.SIZE_CHANGED, masks.NO_MATCH, *pieces(r"None, \(", ROOT / "runtime" / "masks.py")},
     "why no run is continued": {run.NO_RUN, run.NOT_FINISHED, run.SEVERAL, run.NOTHING, run.LOST},
     "calls that the kernels do not compute": pieces(r'return no\([^#]*?,\s*(?=f?"[^"]*"\)\n)', KERNELS / "api.py"),
     "verdicts on Triton": pieces(
         r'(?:TritonVerdict\(False,|_refusal\(|return(?= f"the ))', KERNELS / "triton_probe.py"),
 }
-AT_LEAST = {"notes": 16, "notes about other nodes": 2, "notes about masks": 3, "why no run is continued": 5,
+AT_LEAST = {"notes": 16, "notes about other nodes": 2, "why nothing reaches the pack": 4, "notes about masks": 3, "why no run is continued": 5,
             "calls that the kernels do not compute": 14, "verdicts on Triton": 6}
 
 

@@ -130,8 +130,7 @@ def test_model_sparse_attention_after_has_the_attention(kit, runs, sparse, betwe
         assert handle.summary.sparse_calls == 0 and not runs[-1].passes
     text = handle.summary.text()
     if between is overwritten:
-        assert "put LiteAttention last" in text and "Model Sparse Attention, applied after this node" in text
-        assert "Remove one of the two nodes" in text
+        assert "Model Sparse Attention, applied after this node" in text and "Remove one of the two nodes" in text
     else:
         assert dense_calls(handle.summary) == {reason: CALLS for reason in ("cross-attention", SPARSE_ON_TOP.text)}
         assert SPARSE_ON_TOP.text in text and "remove Model Sparse Attention or LiteAttention" in text

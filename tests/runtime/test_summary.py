@@ -80,6 +80,12 @@ def test_a_run_that_no_call_reached_has_nothing_else_to_tell():
     assert summary(sparse_calls=0, dense_calls={}, notes=["a note"]).lines() == [f"off: {NOT_REACHED}", "a note"]
 
 
+def test_why_no_self_attention_was_reached_comes_first():
+    for dense_calls in ({}, {CROSS_ATTENTION: 40}):
+        told = summary(sparse_calls=0, dense_calls=dense_calls, unreached="no call: a node")
+        assert told.headline() == "off: no call: a node"
+
+
 def test_time_is_told_where_attention_was_timed_and_sparse():
     timed = summary(**TIMED)
     assert timed.dense_run_seconds == 100.0 and timed.attention_share == pytest.approx(0.8)
