@@ -98,7 +98,7 @@ class ForwardPass:
             reason = self._other_attention(call, layer)
             if reason is None:
                 over_video, shape = True, self._shape(call, dense_by)
-                decision = self._decide(call, layer)
+                decision = self._decide(call, layer, shape)
                 done = self._compute(call, decision, shape) if isinstance(decision, Plan) else decision
                 if not isinstance(done, Reason):
                     return done
@@ -121,7 +121,7 @@ class ForwardPass:
             self._ordinals[str(layer)] += 1
         return call_reason(call, self._parts.config.min_tokens) or (NO_LAYER if layer is None else not_video)
 
-    def _decide(self, call: AttentionCall, layer: LayerId) -> Plan | Reason:
+    def _decide(self, call: AttentionCall, layer: LayerId, shape: CallShape | None) -> Plan | Reason:
         """How a self-attention over the video's tokens is computed, or why it stays dense. Changes no state of the run.
         """
         parts, phase = self._parts, self._parts.phase()
@@ -147,7 +147,8 @@ class ForwardPass:
             # Rows that were carried over need no warm-up. A row that recorded in this very step waits for the next one,
             # unless it shares a call with one that has yet to record.
             if not any(state.carried for state in states) and (
-                    phase is Phase.WARMUP or all(state.recorded for state in states)):
+                    phase is Phase.WARMUP or all(state.recorded for state in states)
+                    or parts.times.wants_dense(shape, layer.index)):
                 return WARMUP
         return Plan(key, self._rows, signature, parts.config.rule.skip_test(key, parts.step(), call.seqlen_k),
                     must_keep_tokens(call.seqlen_q, self._video_tokens), restart=phase is not Phase.SPARSE)

@@ -64,7 +64,8 @@ SPARSE_ON_TOP = Reason(
     "Model Sparse Attention has the attention", "ComfyUI's own sparse attention was applied after this node.",
     hint="remove Model Sparse Attention or LiteAttention")
 DENSE_FASTER = Reason(
-    "dense attention is faster here", "The layer keeps too many tiles to gain; every 4th step it is tried again.",
+    "dense attention is faster here", "The layer keeps too many tiles to gain after the first quarter of the "
+    "steps that skip.",
     hint="raise error_budget, or threshold towards 0, to skip more")
 NO_BACKEND = Reason(
     "no fast backend on this device", "Triton is missing or does not run here; the note says why.",

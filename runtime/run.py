@@ -101,7 +101,8 @@ class SamplingRun:
         self.masks = MaskTable(allocating, carried, self.notes.add)
         self.counters = Counters(allocating)
         self.sparse = SparseAttention(config, self.masks, self.notes, allocating)
-        self.times = AttentionTimes(break_evens if break_evens is not None else BreakEvens(), self.notes.add)
+        self.times = AttentionTimes(break_evens if break_evens is not None else BreakEvens(), self.notes.add,
+                                    self.plan.trial_steps)
         self.step = 0
         self.unreached = ""
         self.layout: VideoLayout | None = None

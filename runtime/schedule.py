@@ -53,6 +53,11 @@ class StepPlan:
         """Steps that may skip. With warm-up 0 the first of them only records."""
         return max(0, self.first_end_step - self.dense_steps)
 
+    @property
+    def trial_steps(self) -> int:
+        """Of the steps that may skip, those in which every layer is sparse, before dense attention may be faster."""
+        return max(1, self.sparse_steps // 4)
+
     def phase(self, step: int) -> Phase:
         """The phase of `step`, counted from 0. Steps past the planned end keep the last phase."""
         if self.dense_end_steps and step >= self.first_end_step:

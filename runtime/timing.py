@@ -2,7 +2,8 @@
 
 On a GPU a few calls of either kind are timed between events that are polled and never waited for: dense calls of the
 warm-up, and sparse calls that compute every tile. Their ratio takes the place of the kernels' table of break-even
-densities. On a CPU every call is timed by the clock, and none is sent to the fallback attention.
+densities. Where the only warm-up step records, one layer in a few stays dense in it and records a step later. On a CPU
+every call is timed by the clock, and none is sent to the fallback attention.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ QUANTUM = 0.05
 DENSITY_MIN = 0.05
 SAMPLES = 3
 """Calls that count on either side; one more before them compiles, plans and warms up, and is thrown away."""
-PROBE_EVERY = 4
-"""Of so many steps that a layer is too dense for, one is still sparse, so that its masks keep shrinking."""
+DENSE_LAYER_EVERY = 4
+"""One layer in so many gives its recording call to a dense sample that is missing."""
 DENSE, SPARSE = "dense", "sparse"
 
 
@@ -159,11 +160,20 @@ class BreakEvens:
         """The break-even of a shape, as far as it is known."""
         return self._settled.get(shape) or BreakEven(self._table(shape.device, shape.head_dim, shape.dtype))
 
-    def start(self, shape: CallShape, side: str) -> Stopwatch | None:
-        """A running stopwatch if a sample of this side ("dense" or "sparse") is still wanted."""
+    def wants(self, shape: CallShape, side: str) -> bool:
+        """Whether a sample of this side ("dense" or "sparse") is missing."""
         with self._lock:
-            if shape in self._settled or self._sides.setdefault(shape, {DENSE: _Side(), SPARSE: _Side()})[side].full:
+            return self._wants(shape, side)
+
+    def _wants(self, shape: CallShape, side: str) -> bool:
+        return shape not in self._settled and not (shape in self._sides and self._sides[shape][side].full)
+
+    def start(self, shape: CallShape, side: str) -> Stopwatch | None:
+        """A running stopwatch if a sample of this side is missing."""
+        with self._lock:
+            if not self._wants(shape, side):
                 return None
+            self._sides.setdefault(shape, {DENSE: _Side(), SPARSE: _Side()})
         return self._stopwatch(shape.device)
 
     def stop(self, shape: CallShape, side: str, batch: int, watch: Stopwatch) -> None:
@@ -232,27 +242,36 @@ class Sample:
 class AttentionTimes:
     """One run's choice between sparse and fallback attention, layer by layer, and the time it has saved.
 
-    Decisions change between steps only, so they depend on neither the order of the calls nor when a timing arrives
-    within a step. All conditionings of a layer share them: a probe that takes turns with the evaluations of a step
-    would always meet the same one. A clock that fails costs the figures and the choice, never the run.
+    Every layer is sparse in the first steps that may skip; then it is chosen once for the rest of the run. So the order
+    of allocations changes once: ComfyUI may record and replay it. It does not depend on when within a step a timing
+    arrives.
+    A clock that fails costs the figures and the choice, never the run.
 
     Args:
         break_evens: shared by the runs with the same fallback attention.
         note: takes a sentence for the user.
+        trial_steps: steps with a known density before the choice.
     """
 
-    def __init__(self, break_evens: BreakEvens, note: Callable[[str], None]):
+    def __init__(self, break_evens: BreakEvens, note: Callable[[str], None], trial_steps: int = 1):
         self._break_evens = break_evens
         self._note = note
+        self._trial_steps = trial_steps
         self._shapes: dict[LayerKey, CallShape] = {}
         self._samples: Counter[tuple[CallShape, str]] = Counter()
-        self._dense_steps: Counter[LayerKey] = Counter()
         self._too_dense: frozenset[LayerKey] = frozenset()
         self._clock = {DENSE: 0.0, SPARSE: 0.0}
 
     def dense_faster(self, layer: LayerKey) -> bool:
         """Whether the fallback attention should compute this layer in this step."""
         return layer in self._too_dense
+
+    def wants_dense(self, shape: CallShape | None, block: int) -> bool:
+        """Whether block number `block` should give its recording call to the fallback attention, whose time is missing.
+        """
+        return (shape is not None and shape.device.type != "cpu" and block % DENSE_LAYER_EVERY == DENSE_LAYER_EVERY - 1
+                and self._samples[shape, DENSE] <= SAMPLES
+                and bool(self._guarded(lambda known: known.wants(shape, DENSE))))
 
     @contextmanager
     def timed(self, shape: CallShape | None, side: str, batch: int, every_tile: bool) -> Iterator[Sample]:
@@ -279,21 +298,17 @@ class AttentionTimes:
             self._shapes[layer] = shape
 
     def end_step(self, densities: Mapping[LayerKey, float]) -> None:
-        """Take in the timings that have arrived, and choose for the next step.
+        """Take in the timings that have arrived and, after the last trial step, choose for the rest of the run.
 
         Args:
             densities: active share of each layer's tiles when last seen.
         """
         self._guarded(lambda known: known.collect())
-        for layer in self._shapes:
-            self._dense_steps[layer] = self._dense_steps[layer] + 1 if layer in self._too_dense else 0
-
-        def choose(known: BreakEvens) -> frozenset[LayerKey]:
-            return frozenset(layer for layer, shape in self._shapes.items()
-                             if densities.get(layer, 0.0) > known.of(shape).density
-                             and self._dense_steps[layer] < PROBE_EVERY - 1)
-
-        self._too_dense = self._guarded(choose) or frozenset()
+        self._trial_steps -= bool(densities)
+        if self._trial_steps == 0 and densities:
+            self._too_dense = self._guarded(lambda known: frozenset(
+                layer for layer, shape in self._shapes.items()
+                if densities.get(layer, 0.0) > known.of(shape).density)) or frozenset()
 
     def saved(self, counters: Counters) -> TimeSaved | None:
         """What the closed steps have saved, or None where that was not timed. No synchronisation."""

@@ -42,7 +42,8 @@ MESSAGES = {
     "verdicts on Triton": pieces(
         r'(?:TritonVerdict\(False,|_refusal\(|return(?= f"the ))', KERNELS / "triton_probe.py"),
 }
-AT_LEAST = {"notes": 16, "notes about other nodes": 2, "why nothing reaches the pack": 4, "notes about masks": 3, "why no run is continued": 5,
+AT_LEAST = {"notes": 16, "notes about other nodes": 2, "why nothing reaches the pack": 4,
+            "notes about masks": 3, "why no run is continued": 5,
             "calls that the kernels do not compute": 14, "verdicts on Triton": 6}
 
 

@@ -133,7 +133,7 @@ def timing(name, error):
     def break_it(patch, host):
         table = BreakEvens(lambda *args: 1.0, lambda device: None)
         patch.setattr(table, name, failing(error, None))
-        patch.setattr(run_module, "AttentionTimes", lambda _, note: AttentionTimes(table, note))
+        patch.setattr(run_module, "AttentionTimes", lambda _, *others: AttentionTimes(table, *others))
 
     return break_it
 

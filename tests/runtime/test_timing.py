@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_kit import TILES, Fallback, dense, forward, in_threads, play, sampling_run, tokens
+from run_kit import TILES, Fallback, dense, forward, in_threads, masks, passes, play, sampling_run, tokens
 
 from liteattention.kernels import SkipMask
 from liteattention.runtime import BreakEvens, LayerId
@@ -17,7 +17,6 @@ from liteattention.runtime.timing import (
     DENSE,
     DENSITY_MIN,
     MARGIN,
-    PROBE_EVERY,
     SAMPLES,
     SPARSE,
     AttentionTimes,
@@ -264,13 +263,14 @@ def steps(times, density, count):
     return answers
 
 
-def test_a_layer_that_is_too_dense_stays_dense_and_is_tried_again_every_fourth_step(known):
-    assert PROBE_EVERY == 4
-    for density, expected in ((0.9, [True, True, True, False] * 2 + [True]), (0.8, [False] * 3), (None, [False] * 3)):
-        assert steps(AttentionTimes(known, pytest.fail), density, len(expected)) == expected
+@pytest.mark.parametrize("trial", [1, 3])
+def test_a_layer_that_is_too_dense_after_the_trial_stays_dense(known, trial):
+    for density, too_dense in ((0.9, True), (0.8, False), (None, False)):
+        answers = steps(AttentionTimes(known, pytest.fail, trial), density, 6)
+        assert answers == [False] * (trial - 1) + [too_dense] * (7 - trial)
 
 
-def test_a_step_decides_for_each_layer_by_its_own_shape_and_density(times, known, clock):
+def test_the_choice_is_each_layer_s_own_and_is_made_once(times, known, clock):
     both(known, clock, 1.0, 1.0, OTHERS[0])
     layers = [LayerKey("m", META, f"double {n}") for n in range(3)]
     for layer, shape in zip(layers, (SHAPE, SHAPE, OTHERS[0]), strict=True):
@@ -278,7 +278,7 @@ def test_a_step_decides_for_each_layer_by_its_own_shape_and_density(times, known
     times.end_step(dict(zip(layers, (0.9, 0.1, 0.9), strict=True)))
     assert [times.dense_faster(layer) for layer in layers] == [True, False, False]
     times.end_step(dict(zip(layers, (0.1, 0.9, 0.1), strict=True)))
-    assert [times.dense_faster(layer) for layer in layers] == [False, True, False]
+    assert [times.dense_faster(layer) for layer in layers] == [True, False, False]
 
 
 def failing(*args):
@@ -349,29 +349,28 @@ def test_the_report_is_plain_and_names_what_was_used(times, known, clock):
                      "source": "table", "dense_seconds": None, "sparse_seconds": None}
 
 
-def test_a_run_hands_dense_layers_to_the_fallback_attention_and_tries_every_fourth_step():
+def test_a_run_hands_dense_layers_to_the_fallback_attention_after_a_quarter_of_the_steps_that_skip():
     run = sampling_run(12, above(0.05), warmup_steps=1)
     skipped, calls = play(run, 10)
-    # Step 0 records, step 1 is the first to know a density.
-    assert calls == [0, 0, 2, 2, 2, 0, 2, 2, 2, 0]
-    assert {mask.passes[0] for rows in run.masks.all_masks().values() for mask in rows.values()} == {4}
+    # Step 0 records; of the 11 others the first two are the trial.
+    assert calls == [0, 0, 0, *[2] * 7]
+    assert {mask.passes[0] for rows in run.masks.all_masks().values() for mask in rows.values()} == {3}
     assert torch.equal(forward(run, 0)[0], dense(*tokens(0)))
     summary = run.close()
-    assert summary.dense_calls == {DENSE_FASTER: 14} and summary.sparse_calls == 8
-    assert summary.tiles_total == 22 * TILES and summary.dense_tiles == 14 * TILES
-    assert [share > 0 for share in skipped] == [step in (1, 5, 9) for step in range(10)], "dense calls skip nothing"
+    assert summary.dense_calls == {DENSE_FASTER: 16} and summary.sparse_calls == 6
+    assert summary.tiles_total == 22 * TILES and summary.dense_tiles == 16 * TILES
+    assert [share > 0 for share in skipped] == [step in (1, 2) for step in range(10)], "dense calls skip nothing"
     assert "dense attention is faster above 5% (table) of the tiles" in summary.text()
 
 
-def test_a_layer_that_has_become_sparse_enough_stays_sparse():
+def test_each_layer_is_chosen_for_itself():
     run, calls = sampling_run(12, above(0.5), warmup_steps=1), []
-    for step in range(10):
-        if step == 4:
+    for step in range(6):
+        if step == 2:
             for mask in next(iter(run.masks.all_masks().values())).values():
                 mask.words.fill_(1)
         calls += play(run, 1, first=step)[1]
-    # Step 5 tries again: the first layer has become sparse, the second one has not.
-    assert calls == [0, 0, 2, 2, 2, 0, 1, 1, 1, 0]
+    assert calls == [0, 0, 0, 1, 1, 1], "the first layer has become sparse in the trial, the second one has not"
 
 
 @pytest.mark.parametrize("known", [None, above(1.0)])
@@ -383,14 +382,17 @@ def test_no_layer_is_handed_over_where_sparse_attention_is_faster(known):
 
 def test_a_layer_that_stays_dense_needs_no_mask_for_a_new_row(monkeypatch):
     run = sampling_run(12, above(0.05), warmup_steps=1)
-    play(run, 2, rows=("positive",))
+    play(run, 3, rows=("positive",))
     monkeypatch.setattr(SkipMask, "full", lambda *args, **kwargs: pytest.fail("a mask for a call that stays dense"))
-    forward(run, 2)
+    forward(run, 3)
     assert run.close().dense_calls == {DENSE_FASTER: 2}
 
 
 class GpuTimes(AttentionTimes):
     """Takes every device for a GPU."""
+
+    def wants_dense(self, shape, block):
+        return super().wants_dense(shape and shape._replace(device=META), block)
 
     def timed(self, shape, *args, **kwargs):
         return super().timed(shape and shape._replace(device=META), *args, **kwargs)
@@ -419,14 +421,33 @@ def test_what_a_run_times_decides_in_it_and_in_the_next(monkeypatch):
     layers = [LayerId("double", i, 5) for i in range(5)]
     for number in range(2):
         run = sampling_run(12, known)
-        # Step 0 is dense, 1 records, 2 skips; from then on it is known that 20 s for every tile are too many.
-        assert play(run, 4, layers=layers, fallback=fallback)[1] == [5, 0, 0, 5], number
+        # Step 0 is dense, 1 records, 2 and 3 skip; by then it is known that 20 s for every tile are too many.
+        assert play(run, 5, layers=layers, fallback=fallback)[1] == [5, 0, 0, 0, 5], number
         summary = run.close()
         entry, = summary.break_evens
         assert (entry["source"], entry["density"]) == ("measured", DENSITY_MIN)
         assert (entry["dense_seconds"], entry["sparse_seconds"]) == (0.5, 10.0), "per batch entry of two"
         assert summary.saved.source == "timed calls" and summary.saved.share < 0
         assert len(started) == 2 * (SAMPLES + 1), "the second run has nothing left to time"
+
+
+def test_a_run_of_few_steps_times_dense_calls_in_its_only_warm_up_step(monkeypatch):
+    """One layer in four records a step later; nothing is computed twice, and the next run has nothing left to time."""
+    monkeypatch.setattr("liteattention.runtime.run.AttentionTimes", GpuTimes)
+    known = BreakEvens(lambda *args: 1.0, lambda device: Watch(SimpleNamespace(arrived=True), 2.0))
+    monkeypatch.setattr(Watch, "seconds", lambda self: self.takes)
+    layers = [LayerId("double", i, 20) for i in range(20)]
+    bits = []
+    for expected in ([4, 0, 0, 0], [0, 0, 0, 0]):
+        fallback, run = Fallback(), sampling_run(4, known)
+        skipped, calls = play(run, 4, layers=layers, fallback=fallback)
+        assert calls == expected and skipped[1] > 0 and passes(run) == ([3, 4] if calls[0] else [4])
+        bits.append(masks(run))
+        summary = run.close()
+        assert summary.saved is not None and summary.break_evens[0]["source"] == "measured"
+        assert summary.sparse_calls + sum(summary.dense_calls.values()) == 80
+    late = {f"double {i}" for i in (3, 7, 11, 15)}
+    assert all(torch.equal(mask, bits[1][name]) for (name, mask) in bits[0].items() if name[0].block not in late)
 
 
 def test_dense_calls_after_a_failure_are_still_timed(kernel):
