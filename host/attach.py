@@ -268,7 +268,7 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
 def run_handle(model: Any) -> RunHandle | None:
     """The handle that receives the summaries of a patched model's runs, or None for a model that `attach` has not
     patched. Nodes after it may have cloned the model."""
-    wrappers = model.get_wrappers(core(compat.OUTER_SAMPLE), KEY)
+    wrappers = [] if compat.missing() else model.get_wrappers(core(compat.OUTER_SAMPLE), KEY)
     return getattr(wrappers[-1], _HANDLE, None) if wrappers else None
 
 

@@ -14,7 +14,7 @@ CLONE_OPTIONS = "comfy.model_patcher:create_model_options_clone"
 OUTER_SAMPLE = "comfy.patcher_extension:WrappersMP.OUTER_SAMPLE"
 APPLY_MODEL = "comfy.patcher_extension:WrappersMP.APPLY_MODEL"
 REQUIRED = (CLONE_OPTIONS, OUTER_SAMPLE, APPLY_MODEL, "comfy.model_patcher:ModelPatcher.clone",
-            "comfy.model_patcher:ModelPatcher.add_wrapper_with_key",
+            "comfy.model_patcher:ModelPatcher.add_wrapper_with_key", "comfy.model_patcher:ModelPatcher.get_wrappers",
             "comfy.model_patcher:ModelPatcher.remove_wrappers_with_key")
 """Without one of these the attention of a model is left as it was."""
 
