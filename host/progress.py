@@ -15,7 +15,7 @@ INTERVAL_S = 0.25
 
 
 def show(text: str, node_id: str | None) -> None:
-    """Show `text` on the node. Never raises: a missing server or a closed socket must not end a render."""
+    """Show `text` on the node. Never raises: a missing server or a closed connection must not end a render."""
     if node_id is None:
         return
     try:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
+from .system import setting
 from .triton_probe import triton_verdict
 
 BACKENDS = ("auto", "triton", "torch")
@@ -39,7 +39,7 @@ def resolve_backend(device: torch.device, requested: str | None = None) -> Backe
         ValueError: an unknown name, or "triton" where it cannot run (with the reason). A name given on purpose
             never falls back.
     """
-    name = requested or os.environ.get(BACKEND_ENV) or "auto"
+    name = requested or setting(BACKEND_ENV) or "auto"
     if name not in BACKENDS:
         source = "backend" if requested else f"environment variable {BACKEND_ENV}"
         raise ValueError(f"{source} is {name!r}; allowed: {', '.join(BACKENDS)}")

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import platform
-import subprocess
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from .cache import user_cache_dir
+from .compiler_trouble import explained
+from .system import run_script, setting, user_cache_dir
 
 log = logging.getLogger("LiteAttention")
 
@@ -50,7 +51,7 @@ def triton_verdict(device: torch.device) -> TritonVerdict:
     Later ones read the cached verdict. On a CPU only Triton's interpreter runs (TRITON_INTERPRET=1).
     """
     if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
+        if setting("TRITON_INTERPRET") != "1":
             return TritonVerdict(False, "Triton runs on a CPU only in its interpreter (TRITON_INTERPRET=1)")
         return TritonVerdict(True) if importlib.util.find_spec("triton") else TritonVerdict(False, install_hint())
     if device.type != "cuda":
@@ -111,21 +112,16 @@ def run_selftest(device: str) -> TritonVerdict:
 
 def _problem(*arguments: str) -> str:
     """What a child process with these arguments found wrong, or ""."""
-    # PYTHONPATH of the host could shadow what the child needs; the child loads this folder by its location.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     try:
-        child = subprocess.run([sys.executable, str(_CHILD), *arguments], capture_output=True, text=True,
-                               timeout=_CHILD_TIMEOUT_S, env=environment, check=False)
-    except subprocess.TimeoutExpired:
+        child = run_script(_CHILD, *arguments, timeout_s=_CHILD_TIMEOUT_S)
+    except TimeoutError:
         return f"the Triton self-test did not finish in {_CHILD_TIMEOUT_S} s"
     except OSError as error:
-        return f"the Triton self-test could not be started: {error}"
-    if child.returncode == 0:
+        return f"the Triton self-test could not be started: {error.strerror or error}"
+    if child.code == 0:
         return ""
-    said = [line for line in (child.stderr or child.stdout or "").strip().splitlines() if line.strip()]
-    detail = said[-1][:300] if said else "it said nothing"
-    ended = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-    return f"the Triton self-test on this GPU ended with {ended}: {detail}"
+    ended = f"signal {-child.code}" if child.code < 0 else f"exit code {child.code}"
+    return f"the Triton self-test on this GPU ended with {ended}: {explained(child.said)}"
 
 
 def install_hint() -> str:
@@ -135,13 +131,25 @@ def install_hint() -> str:
         return "Triton does not exist for macOS"
     if system == "Windows":
         version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-        fits = {"2.6": "3.2", "2.7": "3.3", "2.8": "3.4", "2.9": "3.5", "2.10": "3.6", "2.11": "3.6"}.get(version)
-        wanted = f'"triton-windows=={fits}.*"' if fits else "triton-windows"
         python = sys.executable if " " not in sys.executable else f'"{sys.executable}"'
-        return f"Triton is not installed; for torch {version} on Windows run: {python} -m pip install {wanted}"
+        return (f"Triton is not installed; for torch {version} on Windows run: {python} -m pip install "
+                f"{triton_for_windows(version)}")
     if torch.version.hip:
         return "Triton is not installed; a ROCm build of torch brings it as pytorch-triton-rocm: reinstall torch"
     return f"Triton is not installed; a CUDA build of torch brings it: {sys.executable} -m pip install triton"
+
+
+def triton_for_windows(torch_version: str) -> str:
+    """The requirement for pip: the newest triton-windows that fits torch "2.10".
+
+    Each Triton needs the torch of its own time: 3.2 came with 2.6, and so on to 3.6 with 2.10; since then two versions
+    of torch share one Triton. An upper bound holds also where that Triton has not appeared yet.
+    """
+    found = re.fullmatch(r"2\.(\d+)", torch_version)
+    minor = int(found.group(1)) if found else 0
+    if minor < 6:
+        return "triton-windows"
+    return f'"triton-windows<3.{(minor - 4 if minor < 10 else minor // 2 + 1) + 1}"'
 
 
 def triton_package() -> tuple[str, str] | None:
