@@ -1,5 +1,9 @@
-"""A real ComfyUI in this process, on the CPU, with the tiny demo model; without one these tests are left out."""
+"""A real ComfyUI in this process, on the CPU, with the tiny demo model; without one these tests are left out.
 
+LITEATTENTION_TEST_CONTRACT=newer lays the call contract of ComfyUI 0.40 and later over it (newer_core.py).
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +36,21 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_sessionfinish(session, exitstatus):
     if COMFY is None and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK
+
+
+@pytest.fixture(scope="session", autouse=True)
+def contract():
+    """How networks call attention: as in this ComfyUI, or as in newer ones."""
+    if os.environ.get("LITEATTENTION_TEST_CONTRACT") != "newer":
+        yield
+        return
+    import newer_core
+
+    if not newer_core.supported():
+        pytest.skip("this ComfyUI has no containers")
+    with pytest.MonkeyPatch.context() as patch:
+        newer_core.install(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

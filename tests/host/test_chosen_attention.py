@@ -2,6 +2,7 @@
 
 import sys
 import types
+import weakref
 
 import comfy.ldm.modules.attention as attention
 import newer_core
@@ -21,7 +22,8 @@ STEPS = 4
 
 @pytest.fixture(autouse=True)
 def newer(monkeypatch):
-    newer_core.install(monkeypatch)
+    if not hasattr(attention, "ComfyAttention"):
+        newer_core.install(monkeypatch)
 
 
 @pytest.fixture
@@ -118,6 +120,33 @@ def test_families_keep_their_choice_and_their_bytes(name):
     calls.clear()
     config = LiteAttentionConfig(rule=Threshold(0.0), min_tokens=MIN_TOKENS, dense_blocks="0--1")
     assert torch.equal(sample(tiny, attach(model, config)), plain) and len(calls) == made
+
+
+def test_containers_give_the_bytes_of_plain_tensors(kit, monkeypatch):
+    """Sparse calls, dense calls and the model without the node."""
+    def runs():
+        return [kit.sample(model, STEPS) for model in (kit.model, kit.lite(), kit.lite(dense_blocks="1"))]
+
+    contained = runs()
+    monkeypatch.undo()
+    assert all(map(torch.equal, contained, runs()))
+
+
+def test_nobody_else_holds_what_the_chosen_attention_takes(kit, checkpoint):
+    """It can free q before it allocates anything."""
+    model, _ = checkpoint
+    freed = []
+
+    def from_containers(q, k, v, heads, **kwargs):
+        taken = q.take()
+        alive, copy = weakref.ref(taken), taken.clone()
+        del taken
+        freed.append(alive() is None)
+        return attention.attention_pytorch.__wrapped__(copy, k.take(), v.take(), heads, **kwargs)
+
+    newer_core.choose(model.get_model_object("diffusion_model"), newer_core.wrapped(from_containers, from_containers))
+    kit.sample(kit.lite(model, dense_blocks="0--1"), STEPS)
+    assert freed == [True] * 2 * STEPS * LAYERS
 
 
 def test_a_named_attention_answers_for_itself(kit):
