@@ -133,20 +133,21 @@ def test_containers_give_the_bytes_of_plain_tensors(kit, monkeypatch):
 
 
 def test_nobody_else_holds_what_the_chosen_attention_takes(kit, checkpoint):
-    """It can free q before it allocates anything."""
+    """It can free q before it allocates anything. (In a cross-attention the network of 0.33 itself holds q.)"""
     model, _ = checkpoint
     freed = []
 
     def from_containers(q, k, v, heads, **kwargs):
-        taken = q.take()
+        self_attention, taken = q.peek().shape == k.peek().shape, q.take()
         alive, copy = weakref.ref(taken), taken.clone()
         del taken
-        freed.append(alive() is None)
+        if self_attention:
+            freed.append(alive() is None)
         return attention.attention_pytorch.__wrapped__(copy, k.take(), v.take(), heads, **kwargs)
 
     newer_core.choose(model.get_model_object("diffusion_model"), newer_core.wrapped(from_containers, from_containers))
     kit.sample(kit.lite(model, dense_blocks="0--1"), STEPS)
-    assert freed == [True] * 2 * STEPS * LAYERS
+    assert freed == [True] * STEPS * LAYERS
 
 
 def test_a_named_attention_answers_for_itself(kit):
