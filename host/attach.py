@@ -195,6 +195,7 @@ def apply_model(executor: Callable, x: torch.Tensor, t: torch.Tensor, c_concat: 
     options = transformer_options or {}
     hung = options.get(KEY)
     with ExitStack() as stack:
+        options = stack.enter_context(chosen_attention.followed(module, options))
         if isinstance(hung, _HungRun):
             forward_pass = _forward_pass(hung, executor.class_obj, x, c_crossattn, options, kwargs)
             options = {**options, FORWARD_KEY: (hung.owner, hung.run, forward_pass)}
@@ -202,7 +203,6 @@ def apply_model(executor: Callable, x: torch.Tensor, t: torch.Tensor, c_concat: 
                 options = stack.enter_context(families.numbered(module, options))
             except Exception as error:
                 hung.run.notes.add(f"the blocks of the model cannot be numbered. {_text(error)}")
-        options = stack.enter_context(chosen_attention.followed(module, options))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 

@@ -1,6 +1,7 @@
 """What has to hold with another node on the model, and pieces that the tests of interop share."""
 
 import importlib
+from unittest import mock
 
 import comfy.samplers
 import pytest
@@ -68,3 +69,28 @@ def sample_with(kit, guider, size=SIZE, steps=STEPS, sampler="euler", model=None
         return SamplerCustomAdvanced.execute(
             RandomNoise.execute(1).args[0], guider, comfy.samplers.sampler_object(sampler), sigmas,
             {"samples": kit.latent(size=size)}).args[0]["samples"]
+
+
+def without_options(model):
+    """What TeaCache does to Wan: during a call another `forward_orig`, which runs the blocks without
+    `transformer_options`."""
+    patched = model.clone()
+    network = model.get_model_object("diffusion_model")
+    blocks = list(network.blocks)
+
+    def without(block):
+        return lambda *args, transformer_options=None, **kwargs: block(*args, **kwargs)
+
+    def forward_orig(*args, **kwargs):
+        object.__setattr__(network, "blocks", [without(block) for block in blocks])
+        try:
+            return type(network).forward_orig(network, *args, **kwargs)
+        finally:
+            object.__delattr__(network, "blocks")
+
+    def wrapper(model_function, arguments):
+        with mock.patch.multiple(network, forward_orig=forward_orig):
+            return model_function(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    patched.set_model_unet_function_wrapper(wrapper)
+    return patched

@@ -11,6 +11,7 @@ import torch
 from family_cases import case
 from family_kit import MIN_TOKENS, load, sample
 from host_kit import LAYERS, dense_calls
+from interop_kit import without_options
 
 from liteattention.host import attach, chosen_attention
 from liteattention.host.attach import apply_model
@@ -108,6 +109,15 @@ def test_outside_a_sampling_run_the_choice_holds_too(kit, checkpoint):
     with torch.inference_mode():
         apply_model(executor, x, None, transformer_options=options)
     assert calls == [True, True]
+
+
+def test_a_forward_that_calls_its_blocks_without_options_keeps_the_choice(kit, checkpoint):
+    """TeaCache: the pack supplies the options, and with them the choice."""
+    model, calls = checkpoint
+    model = without_options(model)
+    handle = RunHandle()
+    kit.sample(kit.lite(model, handle, dense_blocks="0--1"), STEPS)
+    assert len(calls) == 2 * STEPS * LAYERS and "checkpoint" in handle.summary.fallback
 
 
 @pytest.mark.parametrize("name", ["Wan T2V", "Wan I2V", "MiniMax H3", "LTXV", "LTX-2", "HunyuanVideo", "Flux"])

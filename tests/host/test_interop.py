@@ -7,7 +7,6 @@ import re
 import sys
 import types
 from pathlib import Path
-from unittest import mock
 
 import comfy.ldm.modules.attention as core_attention
 import comfy.sd
@@ -17,7 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from host_kit import LAYERS, dense_calls
-from interop_kit import ORDERS, SMALL, STEPS, check_dense_runs, in_order, node, plain, rows_of
+from interop_kit import ORDERS, SMALL, STEPS, check_dense_runs, in_order, node, plain, rows_of, without_options
 from safetensors.torch import load_file
 
 from liteattention.runtime import RunHandle
@@ -226,31 +225,6 @@ def test_a_patch_of_the_attention_modules_is_named_in_the_summary(kit, order):
     assert torch.equal(out, kit.sample(replaced(kit.model), STEPS, size=SMALL))
     assert dense_calls(handle.summary) == {"cross-attention": CALLS} and handle.summary.sparse_calls == 0
     assert f"diffusion_model.blocks.0.self_attn.forward and {LAYERS - 1} more" in handle.summary.text()
-
-
-def without_options(model):
-    """What TeaCache does to Wan: during a call another `forward_orig`, which runs the blocks without
-    `transformer_options`."""
-    patched = model.clone()
-    network = model.get_model_object("diffusion_model")
-    blocks = list(network.blocks)
-
-    def without(block):
-        return lambda *args, transformer_options=None, **kwargs: block(*args, **kwargs)
-
-    def forward_orig(*args, **kwargs):
-        object.__setattr__(network, "blocks", [without(block) for block in blocks])
-        try:
-            return type(network).forward_orig(network, *args, **kwargs)
-        finally:
-            object.__delattr__(network, "blocks")
-
-    def wrapper(model_function, arguments):
-        with mock.patch.multiple(network, forward_orig=forward_orig):
-            return model_function(arguments["input"], arguments["timestep"], **arguments["c"])
-
-    patched.set_model_unet_function_wrapper(wrapper)
-    return patched
 
 
 @pytest.mark.parametrize("order", ORDERS)
