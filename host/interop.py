@@ -97,8 +97,14 @@ def _replaced_modules(patcher: Any) -> list[str]:
     """The forwards of attention modules that another node has replaced, by name."""
     patched = [name for name in getattr(patcher, "object_patches", ()) if name.endswith(".forward")]
     patched += [f"diffusion_model.{name}.forward" for name, module in getattr(network(patcher), "named_modules", list)()
-                if "forward" in vars(module)]
+                if _is_replaced(module)]
     return [name for name in dict.fromkeys(patched) if "attn" in name or "attention" in name]
+
+
+def _is_replaced(module: torch.nn.Module) -> bool:
+    """Whether a module computes by another forward than its class's. ComfyUI puts that one back as an attribute."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _has_sparse(model: Any) -> bool:
