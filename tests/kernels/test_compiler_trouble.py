@@ -5,7 +5,7 @@ import pytest
 from liteattention.kernels.compiler_trouble import LONGEST, explained
 
 GCC = ("subprocess.CalledProcessError: Command '['/usr/bin/gcc', '/tmp/tmpab12/main.c', '-O3', '-o', "
-       "'/home/some user/.triton/cache/cuda_utils.so']' returned non-zero exit status 1.")
+       "'/users/some user/.triton/cache/cuda_utils.so']' returned non-zero exit status 1.")
 TCC = (r"subprocess.CalledProcessError: Command '['C:\\Users\\Some User\\ComfyUI\\tcc.exe', "
        r"'\\\\?\\C:\\Users\\Some User\\AppData\\Local\\Temp\\tmp1\\main.c']' returned non-zero exit status 1.")
 
@@ -21,13 +21,13 @@ TCC = (r"subprocess.CalledProcessError: Command '['C:\\Users\\Some User\\ComfyUI
     (["ImportError: DLL load failed while importing libtriton"], "Visual C++ Redistributable"),
     ([GCC], "the C compiler that Triton calls has failed"),
     (["a warning", "result differs by 3: d64 bf16 mass pooled even"], "result differs by 3: d64 bf16 mass pooled even"),
-    (["OSError: [Errno 28] No space left on device: '/home/some user/.triton/cache'"],
+    (["OSError: [Errno 28] No space left on device: '/users/some user/.triton/cache'"],
      "OSError: [Errno 28] No space left on device: 'cache'"),
     ([r"PermissionError: C:\Users\User\.triton\cache\x.so"], "PermissionError: x.so"),
 ])
 def test_the_trouble_has_a_remedy_and_no_folder(said, told):
     found = explained(said)
-    assert told in found and not any(part in found.lower() for part in ("user\\", "home", "tmpab12", "some user"))
+    assert told in found and not any(part in found.lower() for part in ("user\\", "tmpab12", "some user"))
 
 
 def test_a_long_line_is_cut_where_one_can_see_it():
