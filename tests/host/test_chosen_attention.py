@@ -11,7 +11,7 @@ import torch
 from family_cases import case
 from family_kit import MIN_TOKENS, load, sample
 from host_kit import LAYERS, dense_calls
-from interop_kit import without_options
+from interop_kit import SMALL, without_options
 
 from liteattention.host import attach, chosen_attention
 from liteattention.host.attach import apply_model
@@ -184,3 +184,20 @@ def test_a_kernel_that_fails_on_containers_leaves_them_to_the_dense_attention(ki
     plain = kit.sample(model, STEPS)
     assert torch.equal(kit.sample(kit.lite(model, handle), STEPS), plain)
     assert dense_calls(handle.summary)["the kernel failed in this run"] == STEPS * LAYERS
+
+
+def test_compiled_blocks_do_without_the_choice(kit, checkpoint):
+    """Hooks are not traced: dense calls are computed by ComfyUI's attention there, sparse ones as ever."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    model, calls = checkpoint
+    handle = RunHandle()
+    compiled = kit.lite(model, handle)
+    set_torch_compile_wrapper(model=compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict},
+                              keys=["diffusion_model.blocks.0"])
+    with torch._dynamo.config.patch(recompile_limit=64):
+        out = kit.sample(compiled, 3, size=SMALL)
+    torch._dynamo.reset()
+    assert torch.isfinite(out).all() and handle.summary.sparse_calls == 3 * LAYERS and not handle.summary.notes
+    assert calls.count(False) == 3 * (LAYERS - 1), "all but the compiled block"
