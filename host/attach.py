@@ -195,8 +195,7 @@ def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Te
             window = (window, repeat) if repeat else window
         return run.forward_pass(
             model=id(model), rows=rows, window=window, stays_dense=stays_dense,
-            video_tokens=families.video_tokens(module, tuple(x.shape), context, keywords, options),
-            frame_tokens=model_call.frame_tokens(families.patch_size(module), tuple(x.shape), keywords))
+            video_tokens=families.video_tokens(module, tuple(x.shape), context, keywords, options))
     except Exception as error:
         run.notes.add(f"a call of the model is not understood and stays dense. {_text(error)}")
         return run.forward_pass(model=id(model), rows=None, video_tokens=None)

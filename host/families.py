@@ -45,6 +45,7 @@ class Family:
             the two is enough; the rest of a sequence is at the other end. All of them are must-keep.
         patch_size: of a diffusion model: an int or (t, h, w).
         dropped: tokens of the latent that the model leaves out of its sequence.
+        guides: latent frames behind the video's own.
         width: heads x head_dim of the attentions over the video, where other attentions are as long.
         numbering: how the blocks get their numbers; None: the model numbers them.
     """
@@ -53,6 +54,7 @@ class Family:
     after: Callable[[ModelCall], int | None] | int | None = None
     patch_size: Callable[[torch.nn.Module], object] = attrgetter("patch_size")
     dropped: Callable[[ModelCall], int] = lambda call: 0
+    guides: Callable[[ModelCall], int] = lambda call: 0
     width: Callable[[torch.nn.Module], int | None] = lambda module: None
     numbering: Numbering | None = None
 
@@ -92,6 +94,12 @@ def ltx_masked_guides(call: ModelCall) -> int:
     return int((mask[0] < 0).any(dim=0).expand(frames, height, width).sum())
 
 
+def ltx_guides(call: ModelCall) -> int:
+    """Guide frames at the end of the latent."""
+    guides = call.conditions.get("keyframe_idxs")
+    return 0 if guides is None else -(-guides.shape[2] // (call.shape[3] * call.shape[4]))
+
+
 def ltx_width(module: torch.nn.Module) -> int:
     """The audio stream and the attentions between the streams are narrower; of equal width they cannot be told from the
     video's, and every call stays dense."""
@@ -99,8 +107,8 @@ def ltx_width(module: torch.nn.Module) -> int:
 
 
 WAN = ForeignForward("double", "blocks")
-LTX = Family(before=0, patch_size=attrgetter("patchifier.patch_size"), dropped=ltx_masked_guides, width=ltx_width,
-             numbering=BlockPatches("transformer_blocks"))
+LTX = Family(before=0, patch_size=attrgetter("patchifier.patch_size"), dropped=ltx_masked_guides, guides=ltx_guides,
+             width=ltx_width, numbering=BlockPatches("transformer_blocks"))
 
 FAMILIES: dict[str, Family] = {
     # Wan 2.1 and 2.2: references other than that of Wan Fun, and motion frames, come after the video.
@@ -147,12 +155,6 @@ def of(module: torch.nn.Module | None) -> Family | None:
     return FAMILIES.get(type(_uncompiled(module)).__name__)
 
 
-def patch_size(module: torch.nn.Module | None) -> object:
-    """An int, (t, h, w), or None if unknown."""
-    family, module = of(module), _uncompiled(module)
-    return getattr(module, "patch_size", None) if family is None else family.patch_size(module)
-
-
 def video_tokens(module: torch.nn.Module | None, shape: tuple[int, ...], context: torch.Tensor | None,
                  conditions: Mapping[str, Any], options: Mapping[str, Any]) -> VideoTokens | int | None:
     """The video's tokens in a call of `module`, or None if they cannot be counted.
@@ -166,11 +168,13 @@ def video_tokens(module: torch.nn.Module | None, shape: tuple[int, ...], context
     if family is None:
         return model_call.latent_tokens(shape, getattr(module, "patch_size", None), len(shapes))
     call = ModelCall(module, tuple(shapes[0]), context, conditions, options)
-    count = model_call.latent_tokens(call.shape, family.patch_size(module))
-    if count is None:
+    patch = family.patch_size(module)
+    count, grid = model_call.latent_tokens(call.shape, patch), model_call.latent_grid(call.shape, patch)
+    if count is None or grid is None:
         return None
     before, after = (end(call) if callable(end) else end for end in (family.before, family.after))
-    return VideoTokens(count - family.dropped(call), before, after, family.width(module))
+    own = (grid[0] - family.guides(call), *grid[1:])
+    return VideoTokens(count - family.dropped(call), before, after, family.width(module), own)
 
 
 @contextmanager

@@ -139,7 +139,8 @@ class ForwardPass:
             return reason
         if parts.times.dense_faster(key):
             return DENSE_FASTER
-        signature = Signature(call.heads, call.seqlen_q, call.head_dim, call.q.dtype)
+        grid = VideoTokens.of(self._video_tokens).grid_in(call.seqlen_q)
+        signature = Signature(call.heads, call.seqlen_q, call.head_dim, call.q.dtype, grid)
         if phase is not Phase.SPARSE:
             states = parts.masks.states(key, self._rows, signature)
             # Rows that were carried over need no warm-up. A row that recorded in this very step waits for the next one,

@@ -19,7 +19,7 @@ from .notes import Notes
 from .schedule import Phase, StepPlan
 from .summary import RunSummary, StepReport, advise
 from .timing import AttentionTimes, BreakEvens
-from .video_tokens import VideoLayout
+from .video_tokens import VideoTokens
 
 log = logging.getLogger("LiteAttention")
 
@@ -41,7 +41,7 @@ class RunHandle:
     def __init__(self) -> None:
         self.summary: RunSummary | None = None
         self.masks: CarriedMasks | None = None
-        self.layout: VideoLayout | None = None
+        self.layout: VideoTokens | None = None
         self._prompt: Hashable = None
         self._several = False
         self._why = NO_RUN
@@ -97,7 +97,7 @@ class SamplingRun:
         self.sparse = SparseAttention(config, self.masks, self.notes, allocating)
         self.times = AttentionTimes(break_evens if break_evens is not None else BreakEvens(), self.notes.add)
         self.step = 0
-        self.layout: VideoLayout | None = None
+        self.layout: VideoTokens | None = None
         self._parts = RunParts(config, parse_blocks(config.dense_blocks), lambda: self.step, self.phase, self.masks,
                                self.sparse, self.counters, self.times)
         self._fallback, self._faster_dense = fallback, faster_dense
@@ -108,17 +108,12 @@ class SamplingRun:
         self._numbers = itertools.count()
         self._summary: RunSummary | None = None
 
-    def forward_pass(self, *, frame_tokens: int | None = None, **context: Any) -> ForwardPass:
-        """The context of one forward pass of a model.
-
-        Args:
-            frame_tokens: tokens of one latent frame, or None if unknown or if the model does not go frame by frame.
-            context: see `ForwardPass`.
-        """
+    def forward_pass(self, **context: Any) -> ForwardPass:
+        """The context of one forward pass of a model; arguments: see `ForwardPass`."""
         if self._began is None:  # not earlier: weights are loaded before the first evaluation
             self._began = time.perf_counter()
         tokens = context.get("video_tokens")
-        self.layout = VideoLayout(tokens, frame_tokens) if tokens is not None and frame_tokens else None
+        self.layout = None if tokens is None else VideoTokens.of(tokens)
         return ForwardPass(self._parts, next(self._numbers), **context)
 
     def phase(self) -> Phase:

@@ -118,7 +118,21 @@ def test_a_first_run_that_fails_leaves_nothing_to_continue(kit, monkeypatch, cut
     assert f"continue_from: {reason}; the masks start anew" in handles[1].summary.text()
 
 
-def test_another_resolution_starts_fresh_with_a_note(kit):
+@pytest.mark.parametrize("size", [(7, 28, 20), (5, 20, 20)])
+def test_another_size_of_the_video_skips_from_its_first_step(kit, size):
+    first, second, handles = linked(kit)
+    kit.sample(first)
+    alone = kit.sample(kit.lite(), size=size)
+    out = kit.sample(second, size=size)
+    assert torch.isfinite(out).all() and not torch.equal(out, alone)
+    summary = handles[1].summary
+    assert all(summary.skipped_per_step) and not summary.notes and "with the masks of the run before" in summary.text()
+
+
+def test_another_size_starts_fresh_with_a_note_where_the_token_grid_is_not_known(kit, monkeypatch):
+    from liteattention.host import families
+
+    monkeypatch.setattr(families, "FAMILIES", {})
     first, second, handles = linked(kit)
     kit.sample(first)
     size = (5, 20, 20)
