@@ -74,6 +74,8 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
     if fallback is not None:
         log.info("LiteAttention: dense calls are computed by the attention found on the model (%s)",
                  attention_name(fallback))
+    if continue_from is not None:
+        continue_from.continued = True
     owner = object()
     options[OVERRIDE] = make_override(fallback, owner)
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
@@ -214,7 +216,8 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
         handle.start(progress.prompt_id())
         ticker = progress.Ticker(node_id)
         run = SamplingRun(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed,
-                          carried=carried, on_step=lambda report: ticker.show(report.text),
+                          carried=carried, continued=handle.continued,
+                          on_step=lambda report: ticker.show(report.text),
                           fallback=attention_name(fallback), faster_dense=faster_dense(fallback, device))
         if why_none:
             run.notes.add(f"continue_from: {why_none}; the masks start anew")

@@ -36,9 +36,11 @@ class RunHandle:
 
     Attributes:
         summary, masks, layout: of the last run; None before it has finished, or where it has none.
+        continued: whether other runs go on with the masks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, continued: bool = False) -> None:
+        self.continued = continued
         self.summary: RunSummary | None = None
         self.masks: CarriedMasks | None = None
         self.layout: VideoTokens | None = None
@@ -80,6 +82,7 @@ class SamplingRun:
         allocating: gives a context manager to hold around allocations that outlive a call.
         break_evens: what earlier runs with the same fallback attention have timed, and where this one adds.
         carried: masks of the run that this one continues.
+        continued: whether another run goes on with the masks of this one.
         fallback: display name of the attention that computes dense calls.
         faster_dense: a sentence that names a faster one to put in its place, where there is one.
     """
@@ -88,9 +91,9 @@ class SamplingRun:
                  on_step: Callable[[StepReport], None] | None = None,
                  allocating: Callable[[], AbstractContextManager] = nullcontext,
                  break_evens: BreakEvens | None = None, carried: CarriedMasks | None = None,
-                 fallback: str = "", faster_dense: str = ""):
+                 continued: bool = False, fallback: str = "", faster_dense: str = ""):
         self.config = config
-        self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps)
+        self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps, continued)
         self.notes = Notes()
         self.masks = MaskTable(allocating, carried, self.notes.add)
         self.counters = Counters(allocating)

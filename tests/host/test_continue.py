@@ -57,6 +57,48 @@ def test_two_and_two_steps_skip_in_all_but_the_first(kit):
     assert shares[0] == 0 and all(share > 0 for share in shares[1:]) and len(shares) == 4
 
 
+def test_chains_of_one_step_skip_in_all_but_the_first(kit):
+    from nodes import KSamplerAdvanced
+
+    for steps in ((1, 3), (1, 1, 2)):
+        handles, latent, done = [], {"samples": kit.latent()}, 0
+        models = []
+        for _ in steps:
+            before = handles[-1] if handles else None
+            handles.append(RunHandle())
+            models.append(kit.lite(handle=handles[-1], continue_from=before))
+        for model, count in zip(models, steps, strict=True):
+            with torch.inference_mode():
+                latent, = KSamplerAdvanced().sample(
+                    model, "enable" if not done else "disable", 1, 4, 2.0, "euler", "simple", kit.positive,
+                    kit.negative, latent, done, done + count, "enable")
+            done += count
+        shares = [share for handle in handles for share in handle.summary.skipped_per_step]
+        assert len(shares) == 4 and shares[0] == 0 and all(shares[1:]), steps
+        told = handles[0].summary.text()
+        assert "records for the run that continues it" in told
+        assert "to skip more" not in told and "no step" not in told, "nothing to change"
+        assert not any(handle.summary.notes for handle in handles)
+
+
+def test_a_node_knows_from_the_prompt_that_another_goes_on_with_its_runs(monkeypatch, kit):
+    """Also where both were made inside a loop, with ids of their own."""
+    from comfy_execution.graph import DynamicPrompt
+
+    from liteattention.nodes.apply import LiteAttention
+
+    def node(link=None):
+        return {"class_type": "LiteAttention", "inputs": {"continue_from": link} if link else {"threshold": -10.0}}
+
+    prompt = DynamicPrompt({"1": node(), "2": node(["1", 1]), "3": node()})
+    prompt.add_ephemeral_node("12.0.3", node(), "12", "3")
+    prompt.add_ephemeral_node("12.0.4", node(["12.0.3", 1]), "12", "4")
+    rule = {"rule": "error budget", "error_budget": 0.3}
+    for name, continued in (("1", True), ("2", False), ("3", False), ("12.0.3", True), ("12.0.4", False)):
+        monkeypatch.setattr(LiteAttention, "hidden", types.SimpleNamespace(unique_id=name, dynprompt=prompt))
+        assert LiteAttention.execute(kit.model, rule).result[1].continued == continued, name
+
+
 def test_a_handle_that_nothing_reads_changes_no_bit_of_a_run(kit):
     alone = kit.sample(kit.lite())
     handle = RunHandle()
