@@ -47,6 +47,7 @@ class Family:
         dropped: tokens of the latent that the model leaves out of its sequence.
         guides: latent frames behind the video's own.
         width: heads x head_dim of the attentions over the video, where other attentions are as long.
+        heads: of the attentions over the video, or None if unknown.
         numbering: how the blocks get their numbers; None: the model numbers them.
     """
 
@@ -56,6 +57,9 @@ class Family:
     dropped: Callable[[ModelCall], int] = lambda call: 0
     guides: Callable[[ModelCall], int] = lambda call: 0
     width: Callable[[torch.nn.Module], int | None] = lambda module: None
+    heads: Callable[[torch.nn.Module], int | None] = lambda module: next(
+        (heads for name in ("num_heads", "num_attention_heads", "n_heads")
+         if isinstance(heads := getattr(module, name, None), int)), None)
     numbering: Numbering | None = None
 
 
@@ -123,7 +127,8 @@ FAMILIES: dict[str, Family] = {
     # HunyuanVideo and 1.5: text, glyphs, image embedding and reference, then the video.
     "HunyuanVideo": Family(after=0),
     # MiniMax H3: text, conditions, references and audio, then the video, in one packed sequence.
-    "MiniMaxH3Model": Family(after=0, numbering=BlockPatches("blocks")),
+    "MiniMaxH3Model": Family(after=0, heads=lambda module: module.blocks[0].attn.heads,
+                             numbering=BlockPatches("blocks")),
     # CogVideoX: patches of 1.5 have two frames.
     "CogVideoXTransformer3DModel": Family(
         after=0, patch_size=lambda module: (module.patch_size_t or 1, module.patch_size, module.patch_size),
@@ -174,7 +179,7 @@ def video_tokens(module: torch.nn.Module | None, shape: tuple[int, ...], context
         return None
     before, after = (end(call) if callable(end) else end for end in (family.before, family.after))
     own = (grid[0] - family.guides(call), *grid[1:])
-    return VideoTokens(count - family.dropped(call), before, after, family.width(module), own)
+    return VideoTokens(count - family.dropped(call), before, after, family.width(module), family.heads(module), own)
 
 
 @contextmanager

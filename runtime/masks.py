@@ -28,6 +28,7 @@ class LayerKey:
         block: block type and number, e.g. "double 3".
         ordinal: which self-attention of that block, for blocks that run several.
         window: the context window's frames, or None.
+        piece: number of the piece of the queries, where they come in pieces, each with a mask of its own.
     """
 
     model: Hashable
@@ -35,6 +36,7 @@ class LayerKey:
     block: str
     ordinal: int = 0
     window: Hashable = None
+    piece: int | None = None
 
     @property
     def name(self) -> str:
@@ -56,17 +58,25 @@ class RowName(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What has to stay the same for a mask to go on as it is within a run. `grid`: where the video lies, if known."""
+    """What has to stay the same for a mask to go on as it is within a run.
+
+    Attributes:
+        heads: of the whole attention, also where a call has a group of them.
+        grid: where the video lies, if known.
+        queries: tokens that ask, where it is not all of them.
+    """
 
     heads: int
     seqlen: int
     head_dim: int
     dtype: torch.dtype
     grid: Grid | None = None
+    queries: int | None = None
 
     def same_size(self, other: Signature) -> bool:
         """Whether a mask of this signature fits as it is; networks may differ in precision."""
-        return self[:3] == other[:3] and (self.grid == other.grid or None in (self.grid, other.grid))
+        same = (*self[:3], self.queries) == (*other[:3], other.queries)
+        return same and (self.grid == other.grid or None in (self.grid, other.grid))
 
     def fits(self, other: Signature) -> bool:
         """Whether a mask of this signature fits as it is or resized."""
@@ -114,6 +124,8 @@ class CarriedMasks:
         """The mask of each layer's first conditioning, by the display name of the layer."""
         first: dict[str, CarriedMask] = {}
         for carried in self:
+            if carried.key.piece is not None:
+                continue
             held = first.get(carried.key.name)
             if held is None or _role(carried.row) < _role(held.row):
                 first[carried.key.name] = carried
@@ -136,24 +148,41 @@ class CarriedMasks:
 
 
 def _place(key: LayerKey, row: Hashable) -> Hashable:
-    return key.block, key.ordinal, key.window, getattr(row, "role", row)
+    return key.block, key.ordinal, key.window, key.piece, getattr(row, "role", row)
 
 
 def _role(row: Hashable) -> tuple[int, int]:
     return row.role if isinstance(row, RowName) else (0, 0)
 
 
-@dataclass
 class Row:
     """The mask of one batch entry in one layer. `carried`: it comes from the run before, and needs no warm-up."""
 
-    mask: SkipMask
-    signature: Signature
-    carried: bool = False
+    def __init__(self, mask: SkipMask, signature: Signature, carried: bool = False):
+        self.signature, self.carried = signature, carried
+        self._parts = {range(mask.heads): mask}
+
+    @property
+    def mask(self) -> SkipMask:
+        """Of all heads."""
+        return self.part(range(self.signature.heads))
 
     @property
     def recorded(self) -> bool:
         return self.mask.passes[0] > 0
+
+    def part(self, heads: range) -> SkipMask:
+        """The mask of some of the heads, on the same memory."""
+        # Groups may change in mid-run: one has seen as many passes as those that it overlaps.
+        passes = [max(part.passes[0] for other, part in self._parts.items()
+                      if other.start < heads.stop and heads.start < other.stop)]
+        if heads not in self._parts:
+            whole = self._parts[range(self.signature.heads)]
+            with torch.inference_mode(False):
+                words = whole.words[:, heads.start:heads.stop]
+            self._parts[heads] = SkipMask(words, whole.seqlen_q, whole.seqlen_k)
+        self._parts[heads].passes = passes
+        return self._parts[heads]
 
 
 @dataclass(frozen=True)
@@ -194,11 +223,13 @@ class MaskTable:
         """Bytes of all masks."""
         return self._allocated
 
-    def states(self, key: LayerKey, names: Sequence[Hashable], signature: Signature) -> list[RowState]:
-        """What is known of the rows of a call. Changes nothing."""
+    def states(self, key: LayerKey, names: Sequence[Hashable], signature: Signature,
+               heads: range | None = None) -> list[RowState]:
+        """What is known of the rows of a call over `heads` (None: all)."""
         with self._lock:
             rows = self._layers.get(key, {})
-            return [RowState(row.recorded, row.carried) if (row := rows.get(name)) and row.signature == signature
+            return [RowState(row.part(heads or range(signature.heads)).passes[0] > 0, row.carried)
+                    if (row := rows.get(name)) and row.signature == signature
                     else self._new_state(key, name, signature) for name in names]
 
     def _new_state(self, key: LayerKey, name: Hashable, signature: Signature) -> RowState:
@@ -234,7 +265,8 @@ class MaskTable:
             self._note(note, key.name)
         with self._allocating():
             if source is None:
-                return Row(SkipMask.full(1, signature.heads, signature.seqlen, device=key.device), signature)
+                return Row(SkipMask.full(1, signature.heads, signature.queries or signature.seqlen, signature.seqlen,
+                                         key.device), signature)
             mask, before = source.mask.to(key.device), source.signature
             if not before.same_size(signature):
                 mask = resize(mask, before.grid, signature.grid, signature.seqlen)

@@ -31,6 +31,7 @@ class VideoTokens(NamedTuple):
         front, behind: how many other tokens come before and after them. One of the two is enough, the rest of a
             sequence is at the other end; None for both means that it is not known.
         width: heads x head_dim of the attentions over the video, where attentions over other tokens have another one.
+        heads: of an attention over the video, or None if unknown.
         grid: (frames, rows, columns) of the first of these tokens, or None if they are in no raster order; the rest of
             `count` are guides.
     """
@@ -39,6 +40,7 @@ class VideoTokens(NamedTuple):
     front: int | None = None
     behind: int | None = None
     width: int | None = None
+    heads: int | None = None
     grid: tuple[int, int, int] | None = None
 
     @classmethod
@@ -79,11 +81,16 @@ def token_reason(seqlen: int, video_tokens: int | VideoTokens | None, width: int
     return MOSTLY_EXTRA if seqlen - video.count > video.count else None
 
 
-def must_keep_tokens(seqlen: int, video_tokens: int | VideoTokens) -> MustKeep | None:
+def must_keep_tokens(seqlen: int, video_tokens: int | VideoTokens, queries: range | None = None) -> MustKeep | None:
     """Ranges to protect when the sequence holds more than the video: text, references, registers.
 
     Models put them first (HunyuanVideo, Flux) or last (Mochi); where it is not known which, both ends stay.
+
+    Args:
+        queries: tokens that ask; None: all.
     """
     front, behind = VideoTokens.of(video_tokens).ends(seqlen)
-    ranges = tuple((start, stop) for start, stop in ((0, front), (seqlen - behind, seqlen)) if start < stop)
-    return MustKeep(keys=ranges, queries=ranges) if ranges else None
+    asking = range(seqlen) if queries is None else queries
+    keys = tuple((start, stop) for start, stop in ((0, front), (seqlen - behind, seqlen)) if start < stop)
+    kept = ((max(start, asking.start) - asking.start, min(stop, asking.stop) - asking.start) for start, stop in keys)
+    return MustKeep(keys=keys, queries=tuple((start, stop) for start, stop in kept if start < stop)) if keys else None

@@ -6,7 +6,6 @@ One `Case` at least for each row of `FAMILIES` in host/families.py.
 from types import SimpleNamespace
 
 import torch
-from comfy.ldm.lightricks import model as lightricks
 from family_kit import CROSS, MASKED, NO_LAYER, NOT_VIDEO, TOO_SHORT, Case, names
 
 DOUBLE, BOTH = names("double", 2), names("double", 2) | names("single", 2)
@@ -64,8 +63,8 @@ LTX_AUDIO = {**LTX, "audio_attention_head_dim": 64, "audio_num_attention_heads":
              "audio_connector_num_attention_heads": 1}
 LTX_FRAME = 80
 """Tokens."""
-MASKED_GUIDES = {CROSS: 2 + 4} if hasattr(lightricks, "GuideAttentionMask") else {CROSS: 2, MASKED: 2}
-"""Newer versions split the call instead of masking it."""
+MASKED_GUIDES = {CROSS: 2, MASKED: 2}
+"""Newer versions split the call as well."""
 
 
 def guide(strength=1.0, hidden=0):
