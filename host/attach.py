@@ -190,8 +190,11 @@ def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Te
     run = hung.run
     try:
         rows, window = model_call.row_names(options, x.shape[0]), model_call.window_key(options)
-        stays_dense = interop.sparse_on_top(options) or model_call.dense_reason(options, hung.ordinary,
-                                                                               hung.moving_windows)
+        unsupported = families.stays_dense(module, keywords, options)
+        if unsupported is not None:  # said also where no call reaches the override
+            run.notes.add(f"attention stays dense. {unsupported.meaning}")
+        stays_dense = (interop.sparse_on_top(options) or unsupported
+                       or model_call.dense_reason(options, hung.ordinary, hung.moving_windows))
         if stays_dense is None:
             repeat = hung.repeats.number(id(model), window, rows, options)
             window = (window, repeat) if repeat else window

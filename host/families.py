@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..runtime.reasons import CACHED_KEYS, FRAME_BY_FRAME, Reason
 from ..runtime.video_tokens import VideoTokens
 from . import model_call
 from .block_numbers import BlockHooks, BlockPatches, ForeignForward, Numbering
@@ -48,6 +49,7 @@ class Family:
         guides: latent frames behind the video's own.
         width: heads x head_dim of the attentions over the video, where other attentions are as long.
         heads: of the attentions over the video, or None if unknown.
+        stays_dense: why all of a call's self-attention over the video stays dense, or None.
         numbering: how the blocks get their numbers; None: the model numbers them.
     """
 
@@ -60,6 +62,7 @@ class Family:
     heads: Callable[[torch.nn.Module], int | None] = lambda module: next(
         (heads for name in ("num_heads", "num_attention_heads", "n_heads")
          if isinstance(heads := getattr(module, name, None), int)), None)
+    stays_dense: Callable[[Mapping[str, Any], Mapping[str, Any]], Reason | None] = lambda conditions, options: None
     numbering: Numbering | None = None
 
 
@@ -77,6 +80,22 @@ def wan_reference(call: ModelCall) -> int:
         return 0
     _, patch_h, patch_w = call.module.patch_size
     return (reference.shape[-2] // patch_h) * (reference.shape[-1] // patch_w)
+
+
+def scail_reference(call: ModelCall) -> int:
+    """Tokens of SCAIL's reference frames."""
+    return _condition_tokens(call, "reference_latent")
+
+
+def scail_pose(call: ModelCall) -> int:
+    """Tokens of SCAIL's pose video and of latents that are joined in time."""
+    return _condition_tokens(call, "time_dim_concat", "pose_latents")
+
+
+def _condition_tokens(call: ModelCall, *names: str) -> int:
+    """Tokens of latents among the conditions."""
+    latents = [call.conditions[name] for name in names if call.conditions.get(name) is not None]
+    return sum(model_call.latent_tokens(latent.shape, call.module.patch_size) or 0 for latent in latents)
 
 
 def lumina_filling(call: ModelCall) -> int:
@@ -113,6 +132,8 @@ def ltx_width(module: torch.nn.Module) -> int:
 WAN = ForeignForward("double", "blocks")
 LTX = Family(before=0, patch_size=attrgetter("patchifier.patch_size"), dropped=ltx_masked_guides, guides=ltx_guides,
              width=ltx_width, numbering=BlockPatches("transformer_blocks"))
+COSMOS = Family(before=0, patch_size=attrgetter("patch_temporal", "patch_spatial", "patch_spatial"),
+                numbering=BlockHooks((("block", "blocks"),)))
 
 FAMILIES: dict[str, Family] = {
     # Wan 2.1 and 2.2: references other than that of Wan Fun, and motion frames, come after the video.
@@ -121,6 +142,16 @@ FAMILIES: dict[str, Family] = {
     "VaceWanModel": Family(before=0, numbering=WAN),
     "CameraWanModel": Family(before=0, numbering=WAN),
     "WanModel_S2V": Family(before=0, numbering=WAN),
+    "HumoWanModel": Family(before=0, numbering=WAN),
+    "WanDancerModel": Family(before=wan_reference, numbering=WAN),
+    # SCAIL: references, video, pose video.
+    "SCAILWanModel": Family(before=scail_reference, after=scail_pose, numbering=WAN),
+    "SCAIL2WanModel": Family(before=scail_reference, after=scail_pose, numbering=WAN),
+    # Outside the steps that the pose is for, Wan Animate 2 is like any Wan.
+    "WanAnimate2Model": Family(before=0, numbering=WAN, stays_dense=lambda conditions, options:
+                               FRAME_BY_FRAME if conditions.get("pose_latents") is not None else None),
+    "CausalWanModel": Family(before=wan_reference, numbering=WAN, stays_dense=lambda conditions, options:
+                             CACHED_KEYS if options.get("ar_state") is not None else None),
     # LTXV and LTX-2: guide frames are frames of the latent.
     "LTXVModel": LTX,
     "LTXAVModel": LTX,
@@ -135,15 +166,23 @@ FAMILIES: dict[str, Family] = {
         numbering=BlockHooks((("double", "blocks"),))),
     # Mochi: the text is cropped to its longest prompt.
     "AsymmDiTJoint": Family(before=0, numbering=BlockPatches("blocks")),
-    # Cosmos Predict2: numbers its blocks from ComfyUI 0.33 on.
-    "MiniTrainDIT": Family(
-        before=0, patch_size=attrgetter("patch_temporal", "patch_spatial", "patch_spatial"),
-        numbering=BlockHooks((("block", "blocks"),))),
+    # Cosmos 1, Cosmos Predict2 and Anima: Predict2 numbers its blocks from ComfyUI 0.33 on.
+    "GeneralDIT": COSMOS,
+    "MiniTrainDIT": COSMOS,
+    "Anima": COSMOS,
     # Kandinsky 5: blocks of the text alone run first, without a number.
     "Kandinsky5": Family(before=0),
-    # Flux and Qwen-Image: text, image, images to edit.
+    # Flux, Flux 2, Chroma, Qwen-Image, Mage-Flow and Krea 2: text, image, images to edit.
     "Flux": Family(before=text),
+    "Chroma": Family(before=text),
+    "ChromaRadiance": Family(before=text),
     "QwenImageTransformer2DModel": Family(before=text),
+    "MageFlowTransformer2DModel": Family(before=text),
+    "SingleStreamDiT": Family(before=text, patch_size=attrgetter("patch"), heads=attrgetter("heads")),
+    # JoyImage: image, images to edit, text.
+    "JoyImageTransformer3DModel": Family(before=0),
+    # PixelDiT: text, image.
+    "PixDiT_T2I": Family(after=0, heads=attrgetter("num_groups"), numbering=BlockHooks((("double", "patch_blocks"),))),
     # SD3.5 medium has a second self-attention, of the image alone, in some blocks.
     "OpenAISignatureMMDITWrapper": Family(after=0, numbering=BlockHooks((("joint", "joint_blocks"),))),
     # HiDream-I1: how much text comes after the image depends on the block.
@@ -151,6 +190,7 @@ FAMILIES: dict[str, Family] = {
         before=0, numbering=BlockHooks((("double", "double_stream_blocks"), ("single", "single_stream_blocks")))),
     # Lumina 2 and Z-Image: text, references, image, filling.
     "NextDiT": Family(after=lumina_filling),
+    "NextDiTPixelSpace": Family(after=lumina_filling),
 }
 """By the class name of the diffusion model."""
 
@@ -180,6 +220,13 @@ def video_tokens(module: torch.nn.Module | None, shape: tuple[int, ...], context
     before, after = (end(call) if callable(end) else end for end in (family.before, family.after))
     own = (grid[0] - family.guides(call), *grid[1:])
     return VideoTokens(count - family.dropped(call), before, after, family.width(module), family.heads(module), own)
+
+
+def stays_dense(module: torch.nn.Module | None, conditions: Mapping[str, Any],
+                options: Mapping[str, Any]) -> Reason | None:
+    """Why all self-attention over the video in a call of `module` stays dense, or None."""
+    family = of(module)
+    return None if family is None else family.stays_dense(conditions, options)
 
 
 @contextmanager

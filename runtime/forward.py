@@ -14,9 +14,11 @@ from .config import BlockSet, LiteAttentionConfig
 from .counters import Counters
 from .masks import LayerKey, MaskTable, Signature
 from .reasons import (
+    CACHED_KEYS,
     DENSE_BLOCK,
     DENSE_END,
     DENSE_FASTER,
+    FRAME_BY_FRAME,
     NO_BACKEND,
     NO_LAYER,
     NO_ROWS,
@@ -138,6 +140,8 @@ class ForwardPass:
     def _other_attention(self, call: AttentionCall, layer: LayerId | None, site: Site | None) -> Reason | None:
         """Why the call is no self-attention over the video's tokens that a kernel serves, or None."""
         piece = site is not None and len(site.queries) < call.seqlen_k
+        if site is None and self._stays_dense in (CACHED_KEYS, FRAME_BY_FRAME) and call.seqlen_q < call.seqlen_k:
+            return self._stays_dense  # keys of other frames than those of this pass
         return call_reason(call, self._parts.config.min_tokens, piece) or (
             NO_LAYER if layer is None else self._not_video(call, layer) if site is None else None)
 

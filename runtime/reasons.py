@@ -46,6 +46,12 @@ TOO_SHORT = Reason(
 UNSUPPORTED = Reason(
     "not supported", "The call has a mask, a data type, a head size or a layout that the kernels do not compute; the "
     "text names it.", hint="this model is not supported")
+FRAME_BY_FRAME = Reason(
+    "frame-by-frame attention", "Wan Animate 2: each frame attends to the whole video and to its own pose.",
+    hint="Wan Animate 2 is not supported: its attention goes frame by frame")
+CACHED_KEYS = Reason(
+    "causal attention with a cache", "Causal Wan: a chunk of frames attends to all chunks before it, and none comes "
+    "twice.", hint="causal Wan is not supported: its attention grows from chunk to chunk")
 MOSTLY_EXTRA = Reason(
     "more extra tokens than video tokens", "Text or reference tokens outnumber the tokens of the video.",
     hint="fewer or smaller references, or a longer video")
@@ -81,8 +87,8 @@ KERNEL_FAILED = Reason(
     hint="the video is correct; please report the note about the kernel")
 
 REASONS = (CROSS_ATTENTION, NOT_VIDEO, WARMUP, DENSE_END, DENSE_BLOCK, TOO_SHORT, UNSUPPORTED, QUERY_PIECES,
-           MOSTLY_EXTRA, NO_LAYOUT, NO_LAYER, NO_ROWS, EXTRA_PASS, MOVING_WINDOWS, SPARSE_ON_TOP, DENSE_FASTER,
-           NO_BACKEND, NO_MEMORY, KERNEL_FAILED)
+           FRAME_BY_FRAME, CACHED_KEYS, MOSTLY_EXTRA, NO_LAYOUT, NO_LAYER, NO_ROWS, EXTRA_PASS, MOVING_WINDOWS,
+           SPARSE_ON_TOP, DENSE_FASTER, NO_BACKEND, NO_MEMORY, KERNEL_FAILED)
 """In the order of the table."""
 
 AUTO_MIN_TOKENS = {"cpu": 1024}

@@ -29,7 +29,8 @@ class VideoTokens(NamedTuple):
     Attributes:
         count: tokens of the video.
         front, behind: how many other tokens come before and after them. One of the two is enough, the rest of a
-            sequence is at the other end; None for both means that it is not known.
+            sequence is at the other end; None for both means that it is not known. More of them than of the video are
+            served where both are known.
         width: heads x head_dim of the attentions over the video, where attentions over other tokens have another one.
         heads: of an attention over the video, or None if unknown.
         grid: (frames, rows, columns) of the first of these tokens, or None if they are in no raster order; the rest of
@@ -78,7 +79,9 @@ def token_reason(seqlen: int, video_tokens: int | VideoTokens | None, width: int
     video = VideoTokens.of(video_tokens)
     if seqlen < video.count or (video.width is not None and width is not None and width != video.width):
         return NOT_VIDEO
-    return MOSTLY_EXTRA if seqlen - video.count > video.count else None
+    extra = seqlen - video.count
+    known = None not in (video.front, video.behind) and video.front + video.behind == extra
+    return MOSTLY_EXTRA if extra > video.count and not known else None
 
 
 def must_keep_tokens(seqlen: int, video_tokens: int | VideoTokens, queries: range | None = None) -> MustKeep | None:

@@ -48,6 +48,12 @@ def test_a_side_that_cannot_be_right_protects_both(latent, extra, data):
         assert must_keep_tokens(latent + extra, VideoTokens(latent, *sides)) == must_keep_tokens(latent + extra, latent)
 
 
+def test_more_extra_tokens_than_the_video_has_are_served_where_all_of_them_are_accounted_for():
+    assert token_reason(900, VideoTokens(300, 100, 500)) is None
+    for seqlen, sides in ((901, (100, 500)), (900, (100, None)), (900, (None, 500))):
+        assert token_reason(seqlen, VideoTokens(300, *sides)) == MOSTLY_EXTRA
+
+
 def test_attentions_of_another_width_are_not_over_the_video():
     video = VideoTokens(500, width=256)
     assert token_reason(500, video, 256) is None
