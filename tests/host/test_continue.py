@@ -1,5 +1,6 @@
 """Split runs: the second sampler goes on with the masks of the first."""
 
+import dataclasses
 import gc
 import sys
 import types
@@ -8,9 +9,12 @@ import weakref
 import comfy.samplers
 import pytest
 import torch
+from family_cases import case, words
+from family_kit import MIN_TOKENS, load, sample
 from host_kit import LAYERS
 
-from liteattention.runtime import RunHandle
+from liteattention.host import attach
+from liteattention.runtime import LiteAttentionConfig, RunHandle, Threshold
 from liteattention.runtime import run as run_module
 from liteattention.runtime.masks import NO_MATCH
 
@@ -169,6 +173,22 @@ def test_another_size_of_the_video_skips_from_its_first_step(kit, size):
     assert torch.isfinite(out).all() and not torch.equal(out, alone)
     summary = handles[1].summary
     assert all(summary.skipped_per_step) and not summary.notes and "with the masks of the run before" in summary.text()
+
+
+@pytest.mark.parametrize("name, latent, conditions, frames", [
+    ("LTX-2", ((128, 5, 16, 20), (8, 40, 16)), None, 5),
+    ("LTXV, guide", (128, 4, 16, 20), words(6), 4)], ids=["sound", "guide frames of the first stage only"])
+def test_two_stages_of_ltx_go_on_at_twice_the_size(name, latent, conditions, frames):
+    """Sound and guide frames stay as they are: only the video's own frames are resized."""
+    small = case(name)
+    large = dataclasses.replace(small, latent=latent, conditions=conditions or small.conditions)
+    model, handles = load(small), (RunHandle(), RunHandle())
+    config = LiteAttentionConfig(rule=Threshold(0.0), min_tokens=MIN_TOKENS)
+    sample(small, attach(model, config, handle=handles[0]))
+    out = sample(large, attach(model, config, handle=handles[1], continue_from=handles[0]))
+    summary = handles[1].summary
+    assert torch.isfinite(out).all() and summary.tokens == frames * 16 * 20
+    assert all(summary.skipped_per_step) and not summary.notes
 
 
 def test_another_size_starts_fresh_with_a_note_where_the_token_grid_is_not_known(kit, monkeypatch):
