@@ -79,6 +79,8 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
     if fallback is not None:
         log.info("LiteAttention: dense calls are computed by the attention found on the model (%s)",
                  attention_name(fallback))
+    if continue_from is not None:
+        continue_from.continued = True
     owner = object()
     chosen = chosen_attention.chosen(interop.network(patched))
     options[OVERRIDE] = make_override(fallback, owner, containers.useful(fallback, chosen))
@@ -213,16 +215,18 @@ def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Te
     run = hung.run
     try:
         rows, window = model_call.row_names(options, x.shape[0]), model_call.window_key(options)
+        unsupported = families.stays_dense(module, keywords, options)
+        if unsupported is not None:  # said also where no call reaches the override
+            run.notes.add(f"attention stays dense. {unsupported.meaning}")
         evaluation = hung.evaluations.of(id(model), window, options)
-        stays_dense = interop.sparse_on_top(options) or model_call.dense_reason(
+        stays_dense = interop.sparse_on_top(options) or unsupported or model_call.dense_reason(
             options, (hung.ordinary, evaluation.first), hung.moving_windows)
         if stays_dense is None:
             repeat = evaluation.number(window, rows)
             window = (window, repeat) if repeat else window
         return run.forward_pass(
             model=id(model), rows=rows, window=window, stays_dense=stays_dense,
-            video_tokens=families.video_tokens(module, tuple(x.shape), context, keywords, options),
-            frame_tokens=model_call.frame_tokens(families.patch_size(module), tuple(x.shape), keywords))
+            video_tokens=families.video_tokens(module, tuple(x.shape), context, keywords, options))
     except Exception as error:
         run.notes.add(f"a call of the model is not understood and stays dense. {_text(error)}")
         return run.forward_pass(model=id(model), rows=None, video_tokens=None)
@@ -242,7 +246,8 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
         handle.start(progress.prompt_id())
         ticker = progress.Ticker(node_id)
         run = SamplingRun(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed,
-                          carried=carried, on_step=lambda report: ticker.show(report.text),
+                          carried=carried, continued=handle.continued,
+                          on_step=lambda report: ticker.show(report.text),
                           faster_dense=faster_dense(fallback or chosen, device))
         if why_none:
             run.notes.add(f"continue_from: {why_none}; the masks start anew")

@@ -66,7 +66,7 @@ class BlockHooks:
         with ExitStack() as hooks:
             for kind, attribute in self.stacks:
                 blocks = getattr(module, attribute, ())
-                for index, block in enumerate(blocks):
+                for index, block in enumerate(blocks.values() if isinstance(blocks, torch.nn.ModuleDict) else blocks):
                     _hook(hooks, block, _numbering_hook(kind, index, len(blocks)))
             yield options
 

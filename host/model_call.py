@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Hashable, Mapping
 
 from ..runtime import LayerId, RowName
 from ..runtime.reasons import EXTRA_PASS, MOVING_WINDOWS, Reason
@@ -40,8 +39,14 @@ def row_names(options: Mapping, batch: int) -> list[Hashable] | None:
     return [RowName(uuid, number, row) for uuid, number in zip(uuids, numbers, strict=True) for row in range(per_chunk)]
 
 
-def latent_tokens(shape: tuple[int, ...], patch_size: object, modalities: int = 1) -> int | None:
-    """Tokens that a latent of `shape` ([B, C, T, H, W] or [B, C, H, W]) makes, or None if that cannot be told."""
+def latent_grid(shape: tuple[int, ...], patch_size: object, modalities: int = 1) -> tuple[int, int, int] | None:
+    """(frames, rows, columns) of a latent's tokens, or None if that cannot be told.
+
+    Args:
+        shape: [B, C, T, H, W] or [B, C, H, W].
+        patch_size: an int or (t, h, w).
+        modalities: latents that the sampler has in one.
+    """
     if isinstance(patch_size, int):
         patch = (1, patch_size, patch_size)
     elif isinstance(patch_size, (tuple, list)) and all(isinstance(p, int) for p in patch_size):
@@ -53,20 +58,14 @@ def latent_tokens(shape: tuple[int, ...], patch_size: object, modalities: int = 
         sizes = (1, *sizes)
     if modalities != 1 or len(sizes) != 3 or len(patch) != 3 or min(patch) < 1:
         return None
-    return math.prod(-(-size // p) for size, p in zip(sizes, patch, strict=True))
+    frames, rows, columns = (-(-size // p) for size, p in zip(sizes, patch, strict=True))
+    return frames, rows, columns
 
 
-def frame_tokens(patch_size: object, shape: Sequence[int], conditions: Mapping[str, Any]) -> int | None:
-    """Tokens of one latent frame (of one patch in time), or None for a single image and where it cannot be told.
-
-    Args:
-        patch_size: an int or (t, h, w).
-        shape: of the sampler's latent, [B, C, T, H, W]; of several latents the first counts.
-    """
-    shape = tuple((conditions.get("latent_shapes") or [shape])[0])
-    if len(shape) != 5 or shape[2] < 2:
-        return None
-    return latent_tokens((*shape[:2], 1, *shape[3:]), patch_size)
+def latent_tokens(shape: tuple[int, ...], patch_size: object, modalities: int = 1) -> int | None:
+    """Tokens that a latent makes, or None if that cannot be told. Arguments: see `latent_grid`."""
+    grid = latent_grid(shape, patch_size, modalities)
+    return None if grid is None else math.prod(grid)
 
 
 def window_key(options: Mapping) -> Hashable:

@@ -1,4 +1,4 @@
-"""Text on the node and identity of the prompt, where a server runs."""
+"""Text on the node, and what is known of the prompt, where a server runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 log = logging.getLogger("LiteAttention")
 
@@ -48,3 +49,11 @@ def prompt_id() -> str | None:
     """Identity of the prompt that the server executes, or None without a server."""
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     return getattr(getattr(server, "instance", None), "last_prompt_id", None)
+
+
+def is_continued(prompt: Any, node_id: str | None) -> bool:
+    """Whether a node of `prompt` (ComfyUI's DynamicPrompt, or None) goes on with the runs of node `node_id`."""
+    if prompt is None:
+        return False
+    links = [prompt.get_node(other)["inputs"].get("continue_from") for other in prompt.all_node_ids()]
+    return any(isinstance(link, list) and link[:1] == [node_id] for link in links)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import attach
+from ..host import attach, is_continued
 from ..runtime import ErrorBudget, LiteAttentionConfig, Rule, RunHandle, Threshold, parse_blocks
 from ..runtime.config import PRECISIONS, STEPS_MAX, TOKENS_MAX
 from ..runtime.rules import (
@@ -103,7 +103,7 @@ class LiteAttention(io.ComfyNode):
                                         tooltip="Handle to the last run, for continue_from of the next LiteAttention "
                                                 "node. May stay unconnected."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             # Nodes with equal inputs would otherwise share one output: text on the wrong node, one handle for two runs.
             not_idempotent=True,
         )
@@ -131,6 +131,6 @@ class LiteAttention(io.ComfyNode):
         config = LiteAttentionConfig(rule=chosen_rule(rule), warmup_steps=warmup_steps, dense_end_steps=dense_end_steps,
                                      dense_blocks=dense_blocks, min_tokens=min_tokens, precision=precision,
                                      pool_skipped=pool_skipped)
-        handle = RunHandle()
+        handle = RunHandle(is_continued(cls.hidden.dynprompt, cls.hidden.unique_id))
         return io.NodeOutput(attach(model, config, node_id=cls.hidden.unique_id, handle=handle,
                                     continue_from=continue_from), handle)

@@ -10,10 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import MustKeep, UnsupportedAttention, Workspace, lite_attention, precision_choice, resolve_backend
+from ..kernels import (
+    MustKeep,
+    SkipMask,
+    UnsupportedAttention,
+    Workspace,
+    lite_attention,
+    precision_choice,
+    resolve_backend,
+)
 from .call import AttentionCall
 from .config import LiteAttentionConfig
-from .masks import LayerKey, MaskTable, Row, Signature
+from .masks import LayerKey, MaskTable, Signature
 from .notes import Notes
 from .reasons import KERNEL_FAILED, NO_MEMORY, UNSUPPORTED, Reason
 from .rules import SkipTest
@@ -24,13 +32,14 @@ class Plan:
     """How a call is computed.
 
     Attributes:
-        rows: names of its batch entries. signature: of their masks.
+        rows: names of its batch entries. signature: of their masks. heads: those of the call.
         restart: the rows that were not carried over start anew, so that they see every tile in this call.
     """
 
     key: LayerKey
     rows: Sequence[Hashable]
     signature: Signature
+    heads: range
     skip_test: SkipTest
     must_keep: MustKeep | None
     restart: bool
@@ -107,11 +116,11 @@ class SparseAttention:
             torch.OutOfMemoryError: the host knows what to unload.
         """
         try:
-            rows = self._open(plan)
-            if rows is None:
+            masks = self._open(plan)
+            if masks is None:
                 return NO_MEMORY
-            fresh = sum(not row.recorded for row in rows)
-            return call.restore(self._attention(call, plan, rows, computed)), fresh
+            fresh = sum(not mask.passes[0] for mask in masks)
+            return call.restore(self._attention(call, plan, masks, computed)), fresh
         except UnsupportedAttention as error:
             self._notes.add(f"the call stays dense: {error}", plan.key.name)
             return Reason(error.reason, UNSUPPORTED.meaning, hint=UNSUPPORTED.hint)
@@ -121,7 +130,7 @@ class SparseAttention:
                 raise
             return self.give_up(plan.key.name, error)
 
-    def _open(self, plan: Plan) -> list[Row] | None:
+    def _open(self, plan: Plan) -> list[SkipMask] | None:
         """The masks of a call, or None where there is no memory for them: the layer stays dense."""
         try:
             rows = self._masks.open(plan.key, plan.rows, plan.signature)
@@ -135,18 +144,19 @@ class SparseAttention:
             self._starved.add(plan.key)
             self._masks.forget(plan.key)
             return None
-        for row in rows if plan.restart else ():
-            if not row.carried:
-                row.mask.reset()
-        return rows
+        masks = [row.part(plan.heads) for row in rows]
+        for row, mask in zip(rows, masks, strict=True):
+            if plan.restart and not row.carried:
+                mask.reset()
+        return masks
 
-    def _attention(self, call: AttentionCall, plan: Plan, rows: list[Row], computed: Tensor) -> Tensor:
+    def _attention(self, call: AttentionCall, plan: Plan, masks: list[SkipMask], computed: Tensor) -> Tensor:
         device = plan.key.device
         while True:
             precision, pool_skipped = self.precision(call), self._pool_skipped
             try:
                 return lite_attention(
-                    call.q, call.k, call.v, [row.mask for row in rows], heads=call.packed_heads,
+                    call.q, call.k, call.v, masks, heads=call.packed_heads,
                     sm_scale=call.sm_scale, threshold=plan.skip_test.threshold, criterion=plan.skip_test.criterion,
                     pool_skipped=pool_skipped, must_keep=plan.must_keep, precision=precision,
                     backend=self.backend(device), workspace=self.workspace(device), computed=computed)

@@ -99,24 +99,30 @@ class Counters:
         return {key: layer.density for layers in list(self._layers.values()) for key, layer in list(layers.items())
                 if layer.density is not None}
 
-    def add_sparse(self, forward_pass: Hashable, key: LayerKey, tiles: int, fresh: int, tokens: int) -> None:
-        """A sparse call whose computed tiles are in `on_device`; `fresh` of its tiles belong to rows without a mask."""
+    def add_sparse(self, forward_pass: Hashable, key: LayerKey, tiles: int, fresh: int, tokens: int,
+                   calls: int = 1) -> None:
+        """A sparse call whose computed tiles are in `on_device`; `fresh` of its tiles belong to rows without a mask.
+
+        Args:
+            calls: 0 for the further parts of an attention that is called in parts.
+        """
         with self._lock:
             self._passes.add(forward_pass)
-            self.sparse += 1
+            self.sparse += calls
             self.tokens = max(self.tokens, tokens)
             layer = self._layers[key.device][key]
             layer.tiles += tiles
             layer.fresh += fresh
             self._open[1] += tiles
 
-    def add_dense(self, forward_pass: Hashable, reason: Reason, tiles: int, dense_by: str = "") -> None:
+    def add_dense(self, forward_pass: Hashable, reason: Reason, tiles: int, dense_by: str = "", calls: int = 1) -> None:
         """A dense call, computed by the attention of that name; `tiles` > 0 if it was a self-attention over the video's
-        tokens."""
+        tokens. `calls`: as in `add_sparse`."""
         with self._lock:
             self._passes.add(forward_pass)
-            self.dense[reason] += 1
-            self.dense_by[dense_by] += 1
+            if calls:
+                self.dense[reason] += calls
+                self.dense_by[dense_by] += calls
             self._open[0] += tiles
             self._open[1] += tiles
             self.dense_tiles += tiles

@@ -11,7 +11,10 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import SkipMask
+from .resize import resize
+from .video_tokens import Grid
 
+RESIZED = "q, k, v changed their size or dtype in mid-run; the masks were carried over"
 SIZE_CHANGED = "q, k, v changed their size or dtype in mid-run; the masks started anew"
 NO_MATCH = "continue_from has no mask for some layers or prompts of this run; those warm up as usual"
 
@@ -25,6 +28,7 @@ class LayerKey:
         block: block type and number, e.g. "double 3".
         ordinal: which self-attention of that block, for blocks that run several.
         window: the context window's frames, or None.
+        piece: number of the piece of the queries, where they come in pieces, each with a mask of its own.
     """
 
     model: Hashable
@@ -32,6 +36,7 @@ class LayerKey:
     block: str
     ordinal: int = 0
     window: Hashable = None
+    piece: int | None = None
 
     @property
     def name(self) -> str:
@@ -53,17 +58,30 @@ class RowName(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """What has to stay the same for a mask to go on within a run."""
+    """What has to stay the same for a mask to go on as it is within a run.
+
+    Attributes:
+        heads: of the whole attention, also where a call has a group of them.
+        grid: where the video lies, if known.
+        queries: tokens that ask, where it is not all of them.
+    """
 
     heads: int
     seqlen: int
     head_dim: int
     dtype: torch.dtype
+    grid: Grid | None = None
+    queries: int | None = None
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """What has to stay the same from run to run, also between networks of different precision."""
-        return self[:3]
+    def same_size(self, other: Signature) -> bool:
+        """Whether a mask of this signature fits as it is; networks may differ in precision."""
+        same = (*self[:3], self.queries) == (*other[:3], other.queries)
+        return same and (self.grid == other.grid or None in (self.grid, other.grid))
+
+    def fits(self, other: Signature) -> bool:
+        """Whether a mask of this signature fits as it is or resized."""
+        same_heads = (self.heads, self.head_dim) == (other.heads, other.head_dim)
+        return self.same_size(other) or (same_heads and None not in (self.grid, other.grid))
 
     def __str__(self) -> str:
         return f"{self.heads} heads x {self.seqlen} tokens x {self.head_dim}"
@@ -77,6 +95,7 @@ class CarriedMask:
     row: Hashable
     signature: Signature
     mask: SkipMask
+    carried = True
 
 
 class CarriedMasks:
@@ -85,7 +104,7 @@ class CarriedMasks:
     A mask is found again by where it belongs (block, ordinal, context window) and by the role of its row. The network
     may be another one (Wan 2.2 has two with the same layers). Where that leaves a choice, the same network and the same
     conditioning win; where they do not settle it, nothing is carried over: a mask that is not certain is worse than a
-    warm-up.
+    warm-up. At another size of the video a mask is carried over where both token grids are known.
     """
 
     def __init__(self, masks: Sequence[CarriedMask] = ()) -> None:
@@ -105,6 +124,8 @@ class CarriedMasks:
         """The mask of each layer's first conditioning, by the display name of the layer."""
         first: dict[str, CarriedMask] = {}
         for carried in self:
+            if carried.key.piece is not None:
+                continue
             held = first.get(carried.key.name)
             if held is None or _role(carried.row) < _role(held.row):
                 first[carried.key.name] = carried
@@ -114,10 +135,11 @@ class CarriedMasks:
              used: Collection[CarriedMask] = ()) -> tuple[CarriedMask | None, str]:
         """(the mask for this row, ""), or (None, why there is none). `used`: masks that other rows go on with."""
         there = [carried for carried in self._places.get(_place(key, row), []) if carried not in used]
-        fitting = [carried for carried in there if carried.signature.shape == signature.shape]
+        fitting = [carried for carried in there if carried.signature.fits(signature)]
         if there and not fitting:
-            return None, (f"continue_from has masks for {there[0].signature}, this run needs {signature}; the masks "
-                          "start anew")
+            return None, (f"continue_from has masks for {there[0].signature}, this run needs {signature}, and how one "
+                          "lies over the other is not known; the masks start anew")
+        fitting = [carried for carried in fitting if carried.signature.same_size(signature)] or fitting
         for preferred in ([carried for carried in fitting if carried.row == row],
                           [carried for carried in fitting if carried.key.model == key.model]):
             if len(fitting) > 1 and preferred:
@@ -126,24 +148,41 @@ class CarriedMasks:
 
 
 def _place(key: LayerKey, row: Hashable) -> Hashable:
-    return key.block, key.ordinal, key.window, getattr(row, "role", row)
+    return key.block, key.ordinal, key.window, key.piece, getattr(row, "role", row)
 
 
 def _role(row: Hashable) -> tuple[int, int]:
     return row.role if isinstance(row, RowName) else (0, 0)
 
 
-@dataclass
 class Row:
     """The mask of one batch entry in one layer. `carried`: it comes from the run before, and needs no warm-up."""
 
-    mask: SkipMask
-    signature: Signature
-    carried: bool = False
+    def __init__(self, mask: SkipMask, signature: Signature, carried: bool = False):
+        self.signature, self.carried = signature, carried
+        self._parts = {range(mask.heads): mask}
+
+    @property
+    def mask(self) -> SkipMask:
+        """Of all heads."""
+        return self.part(range(self.signature.heads))
 
     @property
     def recorded(self) -> bool:
         return self.mask.passes[0] > 0
+
+    def part(self, heads: range) -> SkipMask:
+        """The mask of some of the heads, on the same memory."""
+        # Groups may change in mid-run: one has seen as many passes as those that it overlaps.
+        passes = [max(part.passes[0] for other, part in self._parts.items()
+                      if other.start < heads.stop and heads.start < other.stop)]
+        if heads not in self._parts:
+            whole = self._parts[range(self.signature.heads)]
+            with torch.inference_mode(False):
+                words = whole.words[:, heads.start:heads.stop]
+            self._parts[heads] = SkipMask(words, whole.seqlen_q, whole.seqlen_k)
+        self._parts[heads].passes = passes
+        return self._parts[heads]
 
 
 @dataclass(frozen=True)
@@ -184,19 +223,28 @@ class MaskTable:
         """Bytes of all masks."""
         return self._allocated
 
-    def states(self, key: LayerKey, names: Sequence[Hashable], signature: Signature) -> list[RowState]:
-        """What is known of the rows of a call. Changes nothing."""
+    def states(self, key: LayerKey, names: Sequence[Hashable], signature: Signature,
+               heads: range | None = None) -> list[RowState]:
+        """What is known of the rows of a call over `heads` (None: all)."""
         with self._lock:
             rows = self._layers.get(key, {})
-            return [RowState(row.recorded, row.carried) if (row := rows.get(name)) and row.signature == signature
+            return [RowState(row.part(heads or range(signature.heads)).passes[0] > 0, row.carried)
+                    if (row := rows.get(name)) and row.signature == signature
                     else self._new_state(key, name, signature) for name in names]
 
     def _new_state(self, key: LayerKey, name: Hashable, signature: Signature) -> RowState:
-        found = self._carried is not None and self._carried.find(key, name, signature, self._used)[0] is not None
-        return RowState(recorded=found, carried=found)
+        source, _ = self._source(key, name, signature)
+        return RowState() if source is None else RowState(True, source.carried)
+
+    def _source(self, key: LayerKey, name: Hashable, signature: Signature) -> tuple[Row | CarriedMask | None, str]:
+        """(what a new row goes on with or None, what there is to say of it)."""
+        held = self._layers.get(key, {}).get(name)
+        if held is not None:
+            return (held, RESIZED) if held.recorded and held.signature.fits(signature) else (None, SIZE_CHANGED)
+        return (None, "") if self._carried is None else self._carried.find(key, name, signature, self._used)
 
     def open(self, key: LayerKey, names: Sequence[Hashable], signature: Signature) -> list[Row]:
-        """The rows of a call; those that are new, or whose shape or dtype has changed, are made.
+        """The rows of a call; those that are new, or whose size or dtype has changed, are made.
 
         Raises:
             torch.OutOfMemoryError: no memory for a new mask; the rows that have one keep it.
@@ -205,27 +253,27 @@ class MaskTable:
             rows = self._layers.setdefault(key, {})
             for name in names:
                 held = rows.get(name)
-                if held is not None and held.signature != signature:
-                    self._note(SIZE_CHANGED, key.name)
-                    self._allocated -= rows.pop(name).mask.nbytes
-                if name not in rows:
+                if held is None or held.signature != signature:
                     rows[name] = self._new_row(key, name, signature)
-                    self._allocated += rows[name].mask.nbytes
+                    self._allocated += rows[name].mask.nbytes - (held.mask.nbytes if held is not None else 0)
             self.peak_bytes = max(self.peak_bytes, self._allocated)
             return [rows[name] for name in names]
 
     def _new_row(self, key: LayerKey, name: Hashable, signature: Signature) -> Row:
-        found, problem = None, ""
-        if self._carried is not None:
-            found, problem = self._carried.find(key, name, signature, self._used)
-        if problem:
-            self._note(problem, key.name)
+        source, note = self._source(key, name, signature)
+        if note:
+            self._note(note, key.name)
         with self._allocating():
-            if found is None:
-                return Row(SkipMask.full(1, signature.heads, signature.seqlen, device=key.device), signature)
+            if source is None:
+                return Row(SkipMask.full(1, signature.heads, signature.queries or signature.seqlen, signature.seqlen,
+                                         key.device), signature)
+            mask, before = source.mask.to(key.device), source.signature
+            if not before.same_size(signature):
+                mask = resize(mask, before.grid, signature.grid, signature.seqlen)
+        if isinstance(source, CarriedMask):
             self.carried_rows += 1
-            self._used.add(found)
-            return Row(found.mask.to(key.device), signature, carried=True)
+            self._used.add(source)
+        return Row(mask, signature, source.carried)
 
     def carry(self) -> CarriedMasks:
         """A copy in main memory of every mask that has recorded. Synchronises."""

@@ -31,6 +31,10 @@ class Reason:
 
 CROSS_ATTENTION = Reason(
     "cross-attention", "Queries and keys come from different sequences. Half of the calls in Wan.", expected=True)
+QUERY_PIECES = Reason(
+    "queries in pieces", "A node or the model asks with a part of the queries at a time. Such calls are sparse once a "
+    "pass has shown that the pieces are whole tiles and add up to the sequence in order.",
+    hint="the node that cuts the queries into pieces: pieces of a multiple of 128 tokens, or groups of heads instead")
 NOT_VIDEO = Reason(
     "not the video tokens", "The self-attention of another sequence: text, audio, an image encoder.", expected=True)
 WARMUP = Reason("warm-up step", "`warmup_steps`: every tile is computed.", expected=True)
@@ -42,6 +46,12 @@ TOO_SHORT = Reason(
 UNSUPPORTED = Reason(
     "not supported", "The call has a mask, a data type, a head size or a layout that the kernels do not compute; the "
     "text names it.", hint="this model is not supported")
+FRAME_BY_FRAME = Reason(
+    "frame-by-frame attention", "Wan Animate 2: each frame attends to the whole video and to its own pose.",
+    hint="Wan Animate 2 is not supported: its attention goes frame by frame")
+CACHED_KEYS = Reason(
+    "causal attention with a cache", "Causal Wan: a chunk of frames attends to all chunks before it, and none comes "
+    "twice.", hint="causal Wan is not supported: its attention grows from chunk to chunk")
 MOSTLY_EXTRA = Reason(
     "more extra tokens than video tokens", "Text or reference tokens outnumber the tokens of the video.",
     hint="fewer or smaller references, or a longer video")
@@ -77,9 +87,9 @@ KERNEL_FAILED = Reason(
     "the kernel failed in this run", "An error of the pack; the note has it. The video is correct.",
     hint="the video is correct; please report the note about the kernel")
 
-REASONS = (CROSS_ATTENTION, NOT_VIDEO, WARMUP, DENSE_END, DENSE_BLOCK, TOO_SHORT, UNSUPPORTED, MOSTLY_EXTRA, NO_LAYOUT,
-           NO_LAYER, NO_ROWS, EXTRA_PASS, MOVING_WINDOWS, SPARSE_ON_TOP, DENSE_FASTER, NO_BACKEND, NO_MEMORY,
-           KERNEL_FAILED)
+REASONS = (CROSS_ATTENTION, NOT_VIDEO, WARMUP, DENSE_END, DENSE_BLOCK, TOO_SHORT, UNSUPPORTED, QUERY_PIECES,
+           FRAME_BY_FRAME, CACHED_KEYS, MOSTLY_EXTRA, NO_LAYOUT, NO_LAYER, NO_ROWS, EXTRA_PASS, MOVING_WINDOWS,
+           SPARSE_ON_TOP, DENSE_FASTER, NO_BACKEND, NO_MEMORY, KERNEL_FAILED)
 """In the order of the table."""
 
 AUTO_MIN_TOKENS = {"cpu": 1024}
@@ -88,13 +98,17 @@ AUTO_MIN_TOKENS_DEFAULT = 4096
 the break-even depends on ComfyUI's own attention there (benchmarks/attention.py, demo/run.py)."""
 
 
-def call_reason(call: AttentionCall, min_tokens: int) -> Reason | None:
-    """Why a call cannot be sparse, from its shapes, dtypes and devices; or None."""
-    if call.seqlen_q != call.seqlen_k:
+def call_reason(call: AttentionCall, min_tokens: int, piece: bool = False) -> Reason | None:
+    """Why a call cannot be sparse, from its shapes, dtypes and devices; or None.
+
+    Args:
+        piece: the queries are a piece of the sequence of the keys.
+    """
+    if call.seqlen_q != call.seqlen_k and not piece:
         return CROSS_ATTENTION
     problem = unsupported_call(call.q, call.k, call.v, heads=call.packed_heads, attn_mask=call.attn_mask,
                                sm_scale=call.sm_scale)
     if problem is not None:
         return replace(UNSUPPORTED, text=problem.reason)
     limit = min_tokens or AUTO_MIN_TOKENS.get(call.q.device.type, AUTO_MIN_TOKENS_DEFAULT)
-    return replace(TOO_SHORT, text=f"fewer than {limit} tokens") if call.seqlen_q < limit else None
+    return replace(TOO_SHORT, text=f"fewer than {limit} tokens") if call.seqlen_k < limit else None

@@ -19,7 +19,7 @@ from .notes import Notes
 from .schedule import Phase, StepPlan
 from .summary import RunSummary, StepReport, advise
 from .timing import AttentionTimes, BreakEvens
-from .video_tokens import VideoLayout
+from .video_tokens import VideoTokens
 
 log = logging.getLogger("LiteAttention")
 
@@ -39,12 +39,14 @@ class RunHandle:
 
     Attributes:
         summary, masks, layout: of the last run; None before it has finished, or where it has none.
+        continued: whether other runs go on with the masks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, continued: bool = False) -> None:
+        self.continued = continued
         self.summary: RunSummary | None = None
         self.masks: CarriedMasks | None = None
-        self.layout: VideoLayout | None = None
+        self.layout: VideoTokens | None = None
         self._prompt: Hashable = None
         self._several = False
         self._why = NO_RUN
@@ -83,6 +85,7 @@ class SamplingRun:
         allocating: gives a context manager to hold around allocations that outlive a call.
         break_evens: what earlier runs with the same fallback attention have timed, and where this one adds.
         carried: masks of the run that this one continues.
+        continued: whether another run goes on with the masks of this one.
         faster_dense: a sentence that names a faster attention for dense calls, where there is one.
 
     Attributes:
@@ -94,9 +97,9 @@ class SamplingRun:
                  on_step: Callable[[StepReport], None] | None = None,
                  allocating: Callable[[], AbstractContextManager] = nullcontext,
                  break_evens: BreakEvens | None = None, carried: CarriedMasks | None = None,
-                 faster_dense: str = ""):
+                 continued: bool = False, faster_dense: str = ""):
         self.config = config
-        self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps)
+        self.plan = StepPlan(total_steps, config.warmup_steps, config.dense_end_steps, continued)
         self.notes = Notes()
         self.masks = MaskTable(allocating, carried, self.notes.add)
         self.counters = Counters(allocating)
@@ -105,7 +108,7 @@ class SamplingRun:
                                     self.plan.trial_steps)
         self.step = 0
         self.unreached = ""
-        self.layout: VideoLayout | None = None
+        self.layout: VideoTokens | None = None
         self._parts = RunParts(config, parse_blocks(config.dense_blocks), lambda: self.step, self.phase, self.masks,
                                self.sparse, self.counters, self.times)
         self._faster_dense = faster_dense
@@ -118,17 +121,12 @@ class SamplingRun:
         self._numbers = itertools.count()
         self._summary: RunSummary | None = None
 
-    def forward_pass(self, *, frame_tokens: int | None = None, **context: Any) -> ForwardPass:
-        """The context of one forward pass of a model.
-
-        Args:
-            frame_tokens: tokens of one latent frame, or None if unknown or if the model does not go frame by frame.
-            context: see `ForwardPass`.
-        """
+    def forward_pass(self, **context: Any) -> ForwardPass:
+        """The context of one forward pass of a model; arguments: see `ForwardPass`."""
         if self._began is None:  # not earlier: weights are loaded before the first evaluation
             self._began = time.perf_counter()
         tokens = context.get("video_tokens")
-        self.layout = VideoLayout(tokens, frame_tokens) if tokens is not None and frame_tokens else None
+        self.layout = None if tokens is None else VideoTokens.of(tokens)
         return ForwardPass(self._parts, next(self._numbers), **context)
 
     @property

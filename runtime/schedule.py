@@ -9,6 +9,7 @@ FEW_STEPS = 8
 """Runs of up to so many steps (distilled models) warm up in one."""
 
 NO_STEP_LEFT = "no step left to skip in"
+RECORDS_ONLY = "records for the run that continues it"
 
 
 class Phase(Enum):
@@ -32,11 +33,15 @@ class StepPlan:
     one: distilled models would otherwise have little left to speed up. Its last step runs through the sparse kernel
     and records, so that no step is spent on recording alone. With 0 the first step records too, but a second evaluation
     inside it skips.
+
+    Attributes:
+        continued: another run goes on with the masks of this one, which records also where it has no step to skip in.
     """
 
     total_steps: int
     warmup_steps: int = 2
     dense_end_steps: int = 0
+    continued: bool = False
 
     @property
     def dense_steps(self) -> int:
@@ -62,7 +67,7 @@ class StepPlan:
         """The phase of `step`, counted from 0. Steps past the planned end keep the last phase."""
         if self.dense_end_steps and step >= self.first_end_step:
             return Phase.END
-        if self.sparse_steps == 0 and step < self.dense_steps:
+        if self.sparse_steps == 0 and step < self.dense_steps and not self.continued:
             return Phase.WARMUP
         if step < self.dense_steps - 1:
             return Phase.WARMUP
@@ -70,14 +75,14 @@ class StepPlan:
             return Phase.RECORD
         return Phase.SPARSE
 
-    def describe(self, continued: bool = False) -> str:
+    def describe(self, continues: bool = False) -> str:
         """What the settings mean for this run, e.g. "step 1 of 4 dense".
 
         Args:
-            continued: the run took over masks of the run before, which need no warm-up.
+            continues: the run took over masks of the run before, which need no warm-up.
         """
         parts = []
-        if continued:
+        if continues:
             parts.append(f"{self.total_steps} steps with the masks of the run before, no warm-up")
         elif self.dense_steps:
             parts.append(f"step 1 of {self.total_steps} dense" if self.dense_steps == 1
@@ -86,6 +91,7 @@ class StepPlan:
             parts.append(f"step 1 of {self.total_steps} records")
         if self.dense_end_steps:
             parts.append(f"from step {self.first_end_step + 1} dense again")
-        if (self.first_end_step if continued else self.sparse_steps) == 0:
-            parts.append(NO_STEP_LEFT)
+        if (self.first_end_step if continues else self.sparse_steps) == 0:
+            records = any(self.phase(step) is Phase.RECORD for step in range(self.total_steps))
+            parts.append(RECORDS_ONLY if records else NO_STEP_LEFT)
         return ", ".join(parts)

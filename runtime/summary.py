@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from .reasons import CROSS_ATTENTION, DENSE_FASTER, NOT_VIDEO, Reason
 from .rules import Rule
-from .schedule import NO_STEP_LEFT
+from .schedule import NO_STEP_LEFT, RECORDS_ONLY
 from .timing import TimeSaved
 
 MB = 2**20
@@ -224,7 +224,7 @@ def advise(summary: RunSummary, rule: Rule, faster_dense: str = "") -> list[str]
         found.append(bolder if main == DENSE_FASTER else main.hint)
     if NO_STEP_LEFT in summary.plan:
         found.append("lower warmup_steps or dense_end_steps: no step was left to skip in")
-    elif summary.sparse_calls and summary.skipped < LITTLE_SKIPPED:
+    elif summary.sparse_calls and summary.skipped < LITTLE_SKIPPED and RECORDS_ONLY not in summary.plan:
         found.append(bolder)
     share = summary.attention_share
     if share is not None and share < SMALL_SHARE:

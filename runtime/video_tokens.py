@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from ..kernels import TILE, MustKeep
 from .reasons import MOSTLY_EXTRA, NO_LAYOUT, NOT_VIDEO, Reason
+
+
+class Grid(NamedTuple):
+    """`frames` x `rows` x `columns` tokens in raster order, after `offset` others."""
+
+    offset: int
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def stop(self) -> int:
+        """The token after the last."""
+        return self.offset + math.prod(self[1:])
 
 
 class VideoTokens(NamedTuple):
@@ -14,14 +29,20 @@ class VideoTokens(NamedTuple):
     Attributes:
         count: tokens of the video.
         front, behind: how many other tokens come before and after them. One of the two is enough, the rest of a
-            sequence is at the other end; None for both means that it is not known.
+            sequence is at the other end; None for both means that it is not known. More of them than of the video are
+            served where both are known.
         width: heads x head_dim of the attentions over the video, where attentions over other tokens have another one.
+        heads: of an attention over the video, or None if unknown.
+        grid: (frames, rows, columns) of the first of these tokens, or None if they are in no raster order; the rest of
+            `count` are guides.
     """
 
     count: int
     front: int | None = None
     behind: int | None = None
     width: int | None = None
+    heads: int | None = None
+    grid: tuple[int, int, int] | None = None
 
     @classmethod
     def of(cls, tokens: int | VideoTokens) -> VideoTokens:
@@ -34,20 +55,20 @@ class VideoTokens(NamedTuple):
         front = self.front if self.front is not None else extra - self.behind if self.behind is not None else -1
         return (front, extra - front) if 0 <= front <= extra else (extra, extra)
 
-
-class VideoLayout(NamedTuple):
-    """Where the frames of a video lie. tokens: of the video; frame_tokens: of one latent frame."""
-
-    tokens: int | VideoTokens
-    frame_tokens: int
+    def grid_in(self, seqlen: int) -> Grid | None:
+        """Where the grid lies in a sequence, or None if that is not certain."""
+        front, behind = self.ends(seqlen)
+        if self.grid is None or math.prod(self.grid) > self.count or front + self.count + behind != seqlen:
+            return None
+        return Grid(front, *self.grid)
 
     def frame_edges(self, seqlen: int) -> tuple[float, ...]:
-        """Where latent frames start in a sequence, and where the last ends, in tiles; empty if that is not certain."""
-        video = VideoTokens.of(self.tokens)
-        front, behind = video.ends(seqlen)
-        if self.frame_tokens < 1 or video.count % self.frame_tokens or front + video.count + behind != seqlen:
+        """Where latent frames start in a sequence, and where the last ends, in tiles; empty if that is not certain, and
+        for a single image."""
+        grid = self.grid_in(seqlen)
+        if grid is None or grid.frames < 2:
             return ()
-        return tuple((front + at) / TILE for at in range(0, video.count + 1, self.frame_tokens))
+        return tuple((grid.offset + i * grid.rows * grid.columns) / TILE for i in range(grid.frames + 1))
 
 
 def token_reason(seqlen: int, video_tokens: int | VideoTokens | None, width: int | None = None) -> Reason | None:
@@ -58,14 +79,21 @@ def token_reason(seqlen: int, video_tokens: int | VideoTokens | None, width: int
     video = VideoTokens.of(video_tokens)
     if seqlen < video.count or (video.width is not None and width is not None and width != video.width):
         return NOT_VIDEO
-    return MOSTLY_EXTRA if seqlen - video.count > video.count else None
+    extra = seqlen - video.count
+    known = None not in (video.front, video.behind) and video.front + video.behind == extra
+    return MOSTLY_EXTRA if extra > video.count and not known else None
 
 
-def must_keep_tokens(seqlen: int, video_tokens: int | VideoTokens) -> MustKeep | None:
+def must_keep_tokens(seqlen: int, video_tokens: int | VideoTokens, queries: range | None = None) -> MustKeep | None:
     """Ranges to protect when the sequence holds more than the video: text, references, registers.
 
     Models put them first (HunyuanVideo, Flux) or last (Mochi); where it is not known which, both ends stay.
+
+    Args:
+        queries: tokens that ask; None: all.
     """
     front, behind = VideoTokens.of(video_tokens).ends(seqlen)
-    ranges = tuple((start, stop) for start, stop in ((0, front), (seqlen - behind, seqlen)) if start < stop)
-    return MustKeep(keys=ranges, queries=ranges) if ranges else None
+    asking = range(seqlen) if queries is None else queries
+    keys = tuple((start, stop) for start, stop in ((0, front), (seqlen - behind, seqlen)) if start < stop)
+    kept = ((max(start, asking.start) - asking.start, min(stop, asking.stop) - asking.start) for start, stop in keys)
+    return MustKeep(keys=keys, queries=tuple((start, stop) for start, stop in kept if start < stop)) if keys else None

@@ -14,11 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 PACK = "comfyui-liteattention"
 TITLE_PX = 30
-MODEL_FOLDERS = {"diffusion_models", "text_encoders", "vae", "clip_vision", "checkpoints", "loras"}
+MODEL_FOLDERS = {"diffusion_models", "text_encoders", "vae", "clip_vision", "checkpoints", "loras",
+                 "latent_upscale_models"}
+SAMPLERS = {"KSampler", "KSamplerAdvanced", "CFGGuider", "BasicGuider"}
 EXPECTED = {"wan2.1_t2v_liteattention", "wan2.1_i2v_liteattention", "wan2.2_14B_t2v_liteattention",
             "wan2.2_14B_t2v_4steps_liteattention", "wan2.2_5B_liteattention", "hunyuanvideo1.5_t2v_liteattention",
-            "ltx2_t2v_liteattention", "liteattention_report_and_compare",
-            "liteattention_tiny_demo"}
+            "ltx2_t2v_liteattention", "ltx2.3_two_stages_liteattention", "minimax_h3_t2v_liteattention",
+            "liteattention_report_and_compare", "liteattention_tiny_demo"}
 
 
 @pytest.fixture(params=FILES, ids=lambda p: p.stem)
@@ -109,8 +111,7 @@ def test_the_node_has_the_widgets_of_the_schema_and_is_last_before_the_sampler(g
     assert lite
     for node in lite:
         targets = {nodes[link[3]]["type"] for link in graph["links"] if link[1] == node["id"] and link[2] == 0}
-        assert targets & {"KSampler", "KSamplerAdvanced", "CFGGuider"}
-        assert targets <= {"KSampler", "KSamplerAdvanced", "CFGGuider", "LiteAttentionReport"}
+        assert targets & SAMPLERS and targets <= SAMPLERS | {"LiteAttentionReport"}
         rule, share, *others = node["widgets_values"]
         assert rule == "error budget", "the default rule, by what people see"
         LiteAttentionConfig(ErrorBudget(share), *others)
@@ -140,6 +141,21 @@ def test_the_low_noise_model_goes_on_with_the_masks_of_the_high_noise_model(name
     assert second["widgets_values"][7:] == [steps // 2, steps, "disable"]
     assert first["widgets_values"][0] == "enable" and second["widgets_values"][0] == "disable"
     assert sources[second["id"], "latent_image"]["id"] == first["id"]
+
+
+def test_the_second_stage_goes_on_with_the_masks_of_the_first_at_twice_its_size():
+    name = "ltx2.3_two_stages_liteattention"
+    (first, second), sources = by_type(name, "LiteAttention")
+    assert sources[second["id"], "continue_from"] is first and (first["id"], "continue_from") not in sources
+    guiders, _ = by_type(name, "CFGGuider")
+    assert [sources[guider["id"], "model"] for guider in guiders] == [first, second]
+    sigmas, _ = by_type(name, "ManualSigmas")
+    assert [node["widgets_values"][0].count(",") for node in sigmas] == [8, 3], "steps"
+    (latent,), _ = by_type(name, "EmptyLTXVLatentVideo")
+    width, height, frames, _ = latent["widgets_values"]
+    tokens = (width // 32) * (height // 32) * ((frames - 1) // 8 + 1)
+    settings = [node["widgets_values"][5] for node in (first, second)]
+    assert 0 < settings[0] < tokens and settings[1] == 0, "the first stage records also on a GPU"
 
 
 def test_both_videos_of_the_comparison_have_one_seed_and_the_same_settings():

@@ -51,6 +51,8 @@ TITLES = {  # title, line below it
     "wan2.2_5B_liteattention": ("Wan 2.2 5B", "Text to video, 20 steps"),
     "hunyuanvideo1.5_t2v_liteattention": ("HunyuanVideo 1.5", "Text to video, 20 steps"),
     "ltx2_t2v_liteattention": ("LTX-2", "Text to video with sound, 20 steps"),
+    "ltx2.3_two_stages_liteattention": ("LTX-2.3", "Two stages, 8 + 3 steps"),
+    "minimax_h3_t2v_liteattention": ("MiniMax H3", "Text to video with sound, 20 steps"),
     "liteattention_report_and_compare": ("Report, Compare", "What it did, and what it cost"),
     DEMO: ("Tiny demo", "Runs anywhere, nothing to download"),
 }

@@ -6,8 +6,8 @@ One `Case` at least for each row of `FAMILIES` in host/families.py.
 from types import SimpleNamespace
 
 import torch
-from comfy.ldm.lightricks import model as lightricks
-from family_kit import CROSS, MASKED, NO_LAYER, NOT_VIDEO, TOO_SHORT, Case, names
+from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
+from family_kit import CROSS, FRAMES, MASKED, NO_LAYER, NOT_VIDEO, TOO_SHORT, Case, names
 
 DOUBLE, BOTH = names("double", 2), names("double", 2) | names("single", 2)
 
@@ -51,6 +51,9 @@ def wan_context(generator):
     return {"context_latents": [torch.randn(1, 16, 1, 16, 16, generator=generator)]}
 
 
+ANIMATE_2 = "model_animate2:WanAnimate2Model"
+
+
 def wan(name, model_type, network="model:WanModel", config=None, **changes):
     given = {"latent": (16, 5, 16, 16), "text": (4, 4096), "video": 320, "layers": DOUBLE, "dense": {CROSS: 2},
              **changes}
@@ -64,8 +67,8 @@ LTX_AUDIO = {**LTX, "audio_attention_head_dim": 64, "audio_num_attention_heads":
              "audio_connector_num_attention_heads": 1}
 LTX_FRAME = 80
 """Tokens."""
-MASKED_GUIDES = {CROSS: 2 + 4} if hasattr(lightricks, "GuideAttentionMask") else {CROSS: 2, MASKED: 2}
-"""Newer versions split the call instead of masking it."""
+MASKED_GUIDES = {CROSS: 2, MASKED: 2}
+"""Newer versions split the call as well."""
 
 
 def guide(strength=1.0, hidden=0):
@@ -142,6 +145,11 @@ COSMOS = {"max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 
           "crossattn_emb_channels": 64, "pos_emb_cls": "rope3d", "pos_emb_learnable": True,
           "pos_emb_interpolation": "crop", "use_adaln_lora": True, "adaln_lora_dim": 16,
           "extra_per_block_abs_pos_emb": False, "rope_enable_fps_modulation": False}
+COSMOS_1 = {**{name: COSMOS[name] for name in (
+    "max_img_h", "max_img_w", "max_frames", "in_channels", "out_channels", "patch_spatial", "patch_temporal",
+    "model_channels", "num_blocks", "num_heads", "crossattn_emb_channels", "pos_emb_cls", "use_adaln_lora",
+    "adaln_lora_dim")}, "block_x_format": "THWBD", "affline_emb_norm": True, "extra_per_block_abs_pos_emb": True,
+            "extra_per_block_abs_pos_emb_type": "learnable"}
 KANDINSKY = {"in_text_dim": 64, "in_text_dim2": 32, "time_dim": 64, "model_dim": 128, "ff_dim": 128,
              "visual_embed_dim": 132, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (16, 24, 24)}
 
@@ -152,6 +160,24 @@ FLUX = {"image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_di
         "hidden_size": 128, "mlp_ratio": 4.0, "num_heads": 1, "depth": 2, "depth_single_blocks": 2,
         "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
         "txt_ids_dims": []}
+FLUX_2 = {**FLUX, "image_model": "flux2", "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "mlp_ratio": 3.0,
+          "axes_dim": [32] * 4, "theta": 2000, "patch_size": 1, "qkv_bias": False, "global_modulation": True,
+          "mlp_silu_act": True, "ops_bias": False, "txt_ids_dims": [3], "default_ref_method": "index",
+          "ref_index_scale": 10.0}
+CHROMA = {**{name: value for name, value in FLUX.items() if name != "guidance_embed"}, "image_model": "chroma",
+          "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 128, "hidden_dim": 64, "n_layers": 2}
+RADIANCE = {**CHROMA, "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16,
+            "nerf_hidden_size": 16, "nerf_mlp_ratio": 2, "nerf_depth": 1, "nerf_max_freqs": 4, "nerf_tile_size": 512,
+            "nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32, "use_x0": False,
+            **{name: False for name in ("use_sequential_txt_ids",) if name in ChromaRadianceParams.__annotations__}}
+PIXELS = (3, 384, 400)
+"""600 tokens of 16 x 16 pixels."""
+MAGE = {"in_channels": 128, "out_channels": 128, "num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 2560}
+KREA = {"features": 128, "tdim": 32, "txtdim": 64, "heads": 1, "kvheads": 1, "layers": 2, "txtlayers": 2, "txtheads": 1,
+        "txtkvheads": 1}
+JOY = {"in_channels": 16, "hidden_size": 128, "num_attention_heads": 1, "text_dim": 64, "num_layers": 2}
+PIXEL_DIT = {"num_groups": 1, "hidden_size": 128, "pixel_hidden_size": 4, "pixel_attn_hidden_size": 128,
+             "pixel_num_groups": 1, "patch_depth": 2, "pixel_depth": 1, "txt_embed_dim": 64}
 QWEN = {"in_channels": 64, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
         "joint_attention_dim": 64}
 SD3 = {"in_channels": 16, "patch_size": 2, "depth": 2, "input_size": None, "adm_in_channels": 32, "num_blocks": 2,
@@ -164,6 +190,8 @@ HIDREAM = {"attention_head_dim": 128, "axes_dims_rope": [64, 32, 32], "caption_c
 LUMINA = {"patch_size": 2, "in_channels": 16, "dim": 128, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 1,
           "n_kv_heads": 1, "axes_dims": [32, 48, 48], "axes_lens": [300, 512, 512], "cap_feat_dim": 64, "qk_norm": True,
           "multiple_of": 32, "ffn_dim_multiplier": 1.0, "rope_theta": 256.0}
+HUNYUAN_IMAGE = {**HUNYUAN, "in_channels": 64, "out_channels": 64, "vec_in_dim": None, "patch_size": [1, 1],
+                 "axes_dim": [64, 64], "guidance_embed": False, "byt5": True}
 Z_IMAGE = {**LUMINA, "dim": 256, "n_heads": 2, "n_kv_heads": 2, "z_image_modulation": True, "pad_tokens_multiple": 32,
            "time_scale": 1000.0}
 
@@ -200,6 +228,24 @@ CASES = [
         conditions=both(normal(audio_embed=(25, 1024, 20)), WAN_REFERENCE)),
     wan("Wan Animate, pose", "animate", "model_animate:AnimateWanModel", {"in_dim": 36, "num_layers": 5},
         conditions=normal(pose_video_latent=(16, 4, 16, 16)), layers=names("double", 5), dense={CROSS: 10}),
+    wan("Wan HuMo, reference after", "humo", "model:HumoWanModel", before=0, dense={CROSS: 4},
+        conditions=both(normal(audio_embed=(5, 8, 5, 1280)), WAN_REFERENCE)),
+    wan("Wan Dancer, music", "wandancer", "model_wandancer:WanDancerModel", {"in_dim": 36},
+        conditions=both(wan_image, normal(audio_embed=(20, 35))), dense={CROSS: 4}),
+    wan("Wan SCAIL, reference and half-size pose", "scail", "model:SCAILWanModel", {"in_dim": 20}, before=64,
+        dense={CROSS: 4},
+        conditions=both(WAN_REFERENCE, normal(pose_video_latent=(16, 5, 8, 8)))),
+    wan("Wan SCAIL, full-size pose", "scail", "model:SCAILWanModel", {"in_dim": 20}, before=64,
+        dense={CROSS: 4},
+        conditions=both(WAN_REFERENCE, normal(pose_video_latent=(16, 5, 16, 16)))),
+    wan("Wan SCAIL-2, masks", "scail2", "model:SCAIL2WanModel", {"in_dim": 20}, before=64, dense={CROSS: 4},
+        conditions=both(WAN_REFERENCE, normal(pose_video_latent=(16, 5, 8, 8), driving_mask_28ch=(5, 28, 8, 8),
+                                              ref_mask_28ch=(6, 28, 16, 16)))),
+    wan("Wan Animate 2", "animate2", ANIMATE_2, {"in_dim": 36}, detected={"model_type": "animate2"}, layers=set(),
+        conditions=normal(pose_video_latent=(16, 4, 16, 16)), dense={CROSS: 2 * 4, NOT_VIDEO: 2, FRAMES: 2 * 2}),
+    wan("Wan Animate 2, steps without pose", "animate2", ANIMATE_2, {"in_dim": 36}, dense={CROSS: 4},
+        detected={"model_type": "animate2"}),
+    wan("Wan causal, all frames at once", "t2v", "ar_model:CausalWanModel", detected={"causal_ar": True}),
     ltx("LTXV"),
     ltx("LTXV, guide", conditions=guide()),
     ltx("LTXV, masked guide", conditions=guide(hidden=30), video=400 - 30),
@@ -211,6 +257,11 @@ CASES = [
     hunyuan("HunyuanVideo 1.5, glyphs and image", HUNYUAN_1_5, (32, 5, 12, 10), (140, 64), conditions=glyphs_and_image),
     hunyuan("HunyuanVideo, masked text", layers=set(), dense={MASKED: 6}, cfg=1.0,
             conditions=both(normal(pooled_output=(768,)), words(150))),
+    hunyuan("HunyuanVideo 1.5, super-resolution", {**HUNYUAN_1_5, "in_channels": 98}, (32, 5, 12, 10), (140, 64),
+            conditions=glyphs_and_image),
+    hunyuan("Hunyuan Image 2.1", HUNYUAN_IMAGE, (64, 24, 25)),
+    hunyuan("Hunyuan Image 2.1, refiner", {**HUNYUAN_IMAGE, "in_channels": 128, "patch_size": [1, 1, 1],
+                                           "axes_dim": [16, 56, 56]}, (64, 1, 24, 25)),
     minimax("MiniMax H3"),
     minimax("MiniMax H3, keyframe", conditions=keyframe),
     cogvideo("CogVideoX", {}, 600),
@@ -219,10 +270,26 @@ CASES = [
          300, DOUBLE, before=0, conditions=words(60, 256), resized=True),
     Case("Cosmos Predict2", "comfy.ldm.cosmos.predict2:MiniTrainDIT", COSMOS, (16, 5, 16, 16), (6, 64), 320,
          names("block", 2), {CROSS: 2}, resized=True),
+    Case("Anima", "comfy.ldm.anima.model:Anima", {**COSMOS, "crossattn_emb_channels": 1024}, (16, 1, 40, 40), (6, 1024),
+         400, names("block", 2), {CROSS: 2}, resized=True),
+    Case("Cosmos 1", "comfy.ldm.cosmos.model:GeneralDIT", COSMOS_1, (16, 5, 16, 16), (6, 64), 320, names("block", 2),
+         {CROSS: 2}, resized=True),
     Case("Kandinsky 5", "comfy.ldm.kandinsky5.model:Kandinsky5", KANDINSKY, (16, 5, 16, 16), (140, 64), 320, DOUBLE,
          {NO_LAYER: 1, CROSS: 2}, conditions=POOLED, resized=True),
     flux("Flux", POOLED),
     flux("Flux, Kontext reference", both(POOLED, reference(16, 16, 16))),
+    Case("Flux 2", "comfy.ldm.flux.model:Flux", FLUX_2, (128, 24, 25), (60, 64), 600, BOTH, before=512),
+    Case("Chroma", "comfy.ldm.chroma.model:Chroma", CHROMA, IMAGE, (60, 64), 600, BOTH, before=60, resized=True),
+    Case("Chroma Radiance", "comfy.ldm.chroma_radiance.model:ChromaRadiance", RADIANCE, PIXELS, (60, 64), 600, BOTH,
+         before=60, resized=True),
+    Case("Mage-Flow", "comfy.ldm.mage_flow.model:MageFlowTransformer2DModel", MAGE, (128, 24, 25), (60, 2560), 600,
+         DOUBLE, before=60, resized=True),
+    Case("Krea 2", "comfy.ldm.krea2.model:SingleStreamDiT", KREA, IMAGE, (60, 128), 600, names("single", 2),
+         {TOO_SHORT: 4}, before=60, resized=True),
+    Case("JoyImage, image to edit", "comfy.ldm.joyimage.model:JoyImageTransformer3DModel", JOY, (16, 1, 48, 50),
+         (60, 64), 600, DOUBLE, before=0, resized=True, conditions=reference(16, 1, 16, 16)),
+    Case("PixelDiT", "comfy.ldm.pixeldit.model:PixDiT_T2I", PIXEL_DIT, PIXELS, (60, 64), 600, DOUBLE, {NO_LAYER: 1},
+         after=0, resized=True, detected={"image_model": "pixeldit_t2i"}),
     qwen("Qwen-Image"),
     qwen("Qwen-Image, image to edit", conditions=reference(16, 1, 16, 16)),
     qwen("Qwen-Image, masked text", conditions=words(60), layers=set(), dense={MASKED: 2}),
@@ -232,6 +299,10 @@ CASES = [
          before=0, resized=True, conditions=normal(pooled_output=(32,), conditioning_llama3=(4, 30, 64))),
     lumina("Lumina 2", LUMINA, before=60),
     lumina("Z-Image", Z_IMAGE, after=8),
+    Case("Z-Image, pixels", "comfy.ldm.lumina.model:NextDiTPixelSpace", {
+        **Z_IMAGE, "in_channels": 3, "patch_size": 16, "decoder_hidden_size": 32, "decoder_num_res_blocks": 1,
+        "decoder_max_freqs": 4}, PIXELS, (60, 64), 600, DOUBLE, {NO_LAYER: 1, TOO_SHORT: 1}, after=8, resized=True,
+         detected={"image_model": "zimage_pixel"}),
 ]
 
 

@@ -19,8 +19,8 @@ from liteattention.runtime import LiteAttentionConfig, RunHandle, Threshold, rea
 
 STEPS = 3
 MIN_TOKENS = 128
-NO_LAYER, CROSS, NOT_VIDEO = (
-    reason.text for reason in (reasons.NO_LAYER, reasons.CROSS_ATTENTION, reasons.NOT_VIDEO))
+NO_LAYER, CROSS, NOT_VIDEO, FRAMES = (reason.text for reason in (
+    reasons.NO_LAYER, reasons.CROSS_ATTENTION, reasons.NOT_VIDEO, reasons.FRAME_BY_FRAME))
 MASKED = "attention mask given"
 TOO_SHORT = f"fewer than {MIN_TOKENS} tokens"
 
@@ -41,6 +41,7 @@ class Case:
         before, after: tokens before and after the video; one of the two says that the sequence may be longer.
         conditions: generator -> the conditioning's other entries.
         resized: whether `config` replaces sizes that ComfyUI's detection has fixed.
+        detected: what ComfyUI would detect by a file's metadata or the names of its keys.
         cfg: 1 where a network cannot compute two conditionings at once.
     """
 
@@ -56,6 +57,7 @@ class Case:
     after: int | None = None
     conditions: Callable = lambda generator: {}
     resized: bool = False
+    detected: dict = field(default_factory=dict)
     cfg: float = 2.0
 
     def __str__(self):
@@ -93,8 +95,8 @@ def random_state(cls, config, seed=0):
 Q_AND_K = (("q", "k"), ("to_q", "to_k"), ("to_q_t", "to_k_t"), ("q_proj", "k_proj"), ("add_q_proj", "add_k_proj"),
            ("to_query", "to_key"), ("norm_q", "norm_k"), ("q_norm", "k_norm"), ("q_norm_x", "k_norm_x"),
            ("q_norm_y", "k_norm_y"), ("ln_q", "ln_k"), ("query_norm", "key_norm"), ("norm_added_q", "norm_added_k"),
-           ("q_rms_norm", "k_rms_norm"), ("q_rms_norm_t", "k_rms_norm_t"))
-FUSED = ("qkv", "linear1", "qkv_x", "qkv_y", "qkv_proj")
+           ("img_attn_q_norm", "img_attn_k_norm"), ("q_rms_norm", "k_rms_norm"), ("q_rms_norm_t", "k_rms_norm_t"))
+FUSED = ("qkv", "linear1", "qkv_x", "qkv_y", "qkv_proj", "img_attn_qkv")
 
 
 def align(state, config):
@@ -117,9 +119,8 @@ def load(case):
     align(state, case.config)
     detect = comfy.model_detection.detect_unet_config
     with pytest.MonkeyPatch.context() as patch:
-        if case.resized:
-            patch.setattr(comfy.model_detection, "detect_unet_config",
-                          lambda *args, **kwargs: {**detect(*args, **kwargs), **case.config})
+        patch.setattr(comfy.model_detection, "detect_unet_config", lambda *args, **kwargs: {
+            **(detect(*args, **kwargs) or {}), **(case.config if case.resized else {}), **case.detected})
         model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
     assert type(model.model.diffusion_model).__name__ == case.network.split(":")[1], "ComfyUI detects another model"
     return model

@@ -1,5 +1,6 @@
 """Split runs: the second sampler goes on with the masks of the first."""
 
+import dataclasses
 import gc
 import sys
 import types
@@ -8,9 +9,12 @@ import weakref
 import comfy.samplers
 import pytest
 import torch
+from family_cases import case, words
+from family_kit import MIN_TOKENS, load, sample
 from host_kit import LAYERS
 
-from liteattention.runtime import RunHandle
+from liteattention.host import attach
+from liteattention.runtime import LiteAttentionConfig, RunHandle, Threshold
 from liteattention.runtime import run as run_module
 from liteattention.runtime.masks import NO_MATCH
 
@@ -55,6 +59,48 @@ def test_two_and_two_steps_skip_in_all_but_the_first(kit):
     split(kit, first, second, 4, 2)
     shares = [share for handle in handles for share in handle.summary.skipped_per_step]
     assert shares[0] == 0 and all(share > 0 for share in shares[1:]) and len(shares) == 4
+
+
+def test_chains_of_one_step_skip_in_all_but_the_first(kit):
+    from nodes import KSamplerAdvanced
+
+    for steps in ((1, 3), (1, 1, 2)):
+        handles, latent, done = [], {"samples": kit.latent()}, 0
+        models = []
+        for _ in steps:
+            before = handles[-1] if handles else None
+            handles.append(RunHandle())
+            models.append(kit.lite(handle=handles[-1], continue_from=before))
+        for model, count in zip(models, steps, strict=True):
+            with torch.inference_mode():
+                latent, = KSamplerAdvanced().sample(
+                    model, "enable" if not done else "disable", 1, 4, 2.0, "euler", "simple", kit.positive,
+                    kit.negative, latent, done, done + count, "enable")
+            done += count
+        shares = [share for handle in handles for share in handle.summary.skipped_per_step]
+        assert len(shares) == 4 and shares[0] == 0 and all(shares[1:]), steps
+        told = handles[0].summary.text()
+        assert "records for the run that continues it" in told
+        assert "to skip more" not in told and "no step" not in told, "nothing to change"
+        assert not any(handle.summary.notes for handle in handles)
+
+
+def test_a_node_knows_from_the_prompt_that_another_goes_on_with_its_runs(monkeypatch, kit):
+    """Also where both were made inside a loop, with ids of their own."""
+    from comfy_execution.graph import DynamicPrompt
+
+    from liteattention.nodes.apply import LiteAttention
+
+    def node(link=None):
+        return {"class_type": "LiteAttention", "inputs": {"continue_from": link} if link else {"threshold": -10.0}}
+
+    prompt = DynamicPrompt({"1": node(), "2": node(["1", 1]), "3": node()})
+    prompt.add_ephemeral_node("12.0.3", node(), "12", "3")
+    prompt.add_ephemeral_node("12.0.4", node(["12.0.3", 1]), "12", "4")
+    rule = {"rule": "error budget", "error_budget": 0.3}
+    for name, continued in (("1", True), ("2", False), ("3", False), ("12.0.3", True), ("12.0.4", False)):
+        monkeypatch.setattr(LiteAttention, "hidden", types.SimpleNamespace(unique_id=name, dynprompt=prompt))
+        assert LiteAttention.execute(kit.model, rule).result[1].continued == continued, name
 
 
 def test_a_handle_that_nothing_reads_changes_no_bit_of_a_run(kit):
@@ -118,7 +164,37 @@ def test_a_first_run_that_fails_leaves_nothing_to_continue(kit, monkeypatch, cut
     assert f"continue_from: {reason}; the masks start anew" in handles[1].summary.text()
 
 
-def test_another_resolution_starts_fresh_with_a_note(kit):
+@pytest.mark.parametrize("size", [(7, 28, 20), (5, 20, 20)])
+def test_another_size_of_the_video_skips_from_its_first_step(kit, size):
+    first, second, handles = linked(kit)
+    kit.sample(first)
+    alone = kit.sample(kit.lite(), size=size)
+    out = kit.sample(second, size=size)
+    assert torch.isfinite(out).all() and not torch.equal(out, alone)
+    summary = handles[1].summary
+    assert all(summary.skipped_per_step) and not summary.notes and "with the masks of the run before" in summary.text()
+
+
+@pytest.mark.parametrize("name, latent, conditions, frames", [
+    ("LTX-2", ((128, 5, 16, 20), (8, 40, 16)), None, 5),
+    ("LTXV, guide", (128, 4, 16, 20), words(6), 4)], ids=["sound", "guide frames of the first stage only"])
+def test_two_stages_of_ltx_go_on_at_twice_the_size(name, latent, conditions, frames):
+    """Sound and guide frames stay as they are: only the video's own frames are resized."""
+    small = case(name)
+    large = dataclasses.replace(small, latent=latent, conditions=conditions or small.conditions)
+    model, handles = load(small), (RunHandle(), RunHandle())
+    config = LiteAttentionConfig(rule=Threshold(0.0), min_tokens=MIN_TOKENS)
+    sample(small, attach(model, config, handle=handles[0]))
+    out = sample(large, attach(model, config, handle=handles[1], continue_from=handles[0]))
+    summary = handles[1].summary
+    assert torch.isfinite(out).all() and summary.tokens == frames * 16 * 20
+    assert all(summary.skipped_per_step) and not summary.notes
+
+
+def test_another_size_starts_fresh_with_a_note_where_the_token_grid_is_not_known(kit, monkeypatch):
+    from liteattention.host import families
+
+    monkeypatch.setattr(families, "FAMILIES", {})
     first, second, handles = linked(kit)
     kit.sample(first)
     size = (5, 20, 20)

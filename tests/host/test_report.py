@@ -15,7 +15,7 @@ from liteattention.nodes.report import LiteAttentionCompare, LiteAttentionReport
 
 @pytest.fixture(autouse=True)
 def node(monkeypatch):
-    monkeypatch.setattr(LiteAttention, "hidden", types.SimpleNamespace(unique_id="1"))
+    monkeypatch.setattr(LiteAttention, "hidden", types.SimpleNamespace(unique_id="1", dynprompt=None))
 
 
 def patched(kit):

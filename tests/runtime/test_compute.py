@@ -29,7 +29,8 @@ class Room:
 
     def compute(self, step=0, key=KEY, threshold=-4.0, restart=False):
         q, k, v = tokens(step)
-        plan = Plan(key, ["a", "b"], Signature(HEADS, N, D, q.dtype), SkipTest(threshold, "max"), None, restart)
+        plan = Plan(key, ["a", "b"], Signature(HEADS, N, D, q.dtype), range(HEADS), SkipTest(threshold, "max"), None,
+                    restart)
         return self.sparse.compute(AttentionCall.from_hook(q, k, v, HEADS), plan, self.computed)
 
 

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_kit import LAYERS, N, dense, forward, play, sampling_run, tokens
+from run_kit import LAYERS, N, dense, forward, masks, passes, play, sampling_run, tokens
 
 from liteattention.kernels import SkipMask
-from liteattention.runtime import CarriedMasks, RowName, RunHandle, Threshold
+from liteattention.runtime import CarriedMasks, RowName, RunHandle, Threshold, VideoTokens
 from liteattention.runtime import run as run_module
-from liteattention.runtime.masks import NO_MATCH, CarriedMask, LayerKey, MaskTable, Signature
+from liteattention.runtime.masks import NO_MATCH, RESIZED, CarriedMask, LayerKey, MaskTable, Signature
+from liteattention.runtime.video_tokens import Grid
 
 CPU = torch.device("cpu")
 
@@ -97,6 +98,33 @@ def test_another_size_warms_up_and_the_note_has_both_sizes():
     assert "2 heads x 640 tokens x 64" in note and "2 heads x 512 tokens x 64" in note
 
 
+def test_another_size_of_a_known_grid_goes_on_from_its_first_step():
+    handle = RunHandle()
+    handle.start()
+    first = sampling_run(2)
+    play(first, 2, video_tokens=VideoTokens(N, grid=(5, 8, 16)))
+    carried = masks(first)  # a frame is one tile, then four
+    handle.finish(first)
+    first.close()
+    second = continuing(handle, 3, rule=Threshold(-30.0))
+    skipped, calls = play(second, 3, first=2, n=4 * N, video_tokens=VideoTokens(4 * N, grid=(5, 16, 32)))
+    assert skipped[0] > 0 and calls == [0, 0, 0]
+    for place, bits in masks(second).items():
+        assert torch.equal(bits, carried[place].repeat_interleave(4, 2).repeat_interleave(4, 3))
+    summary = second.close()
+    assert "3 steps with the masks of the run before" in summary.text() and not summary.notes
+
+
+def test_a_grid_that_changes_in_mid_run_keeps_its_masks_and_has_one_note():
+    run = sampling_run(8)
+    small, large = VideoTokens(N, grid=(5, 8, 16)), VideoTokens(2 * N, grid=(5, 8, 32))
+    play(run, 3, video_tokens=small)
+    ages, before = passes(run), play(run, 1, video_tokens=small)[0]
+    after, calls = play(run, 2, n=2 * N, video_tokens=large)
+    assert 0 < before[0] <= after[0] and calls == [0, 0] and passes(run) == [ages[0] + 3]
+    assert run.close().notes == [f"2 layers: {RESIZED}"]
+
+
 def test_masks_stay_with_the_handle_until_its_next_run_or_its_end():
     handle, summary = finished()
     assert handle.masks.nbytes == summary.carried_bytes == 4 * SkipMask.full(1, 2, N).nbytes
@@ -154,7 +182,7 @@ def test_the_handle_knows_where_the_frames_of_its_run_lie():
     handle = RunHandle()
     handle.start()
     run = sampling_run(2)
-    forward(run, 0, frame_tokens=128)
+    forward(run, 0, video_tokens=VideoTokens(N, grid=(5, 8, 16)))
     handle.finish(run)
     assert handle.layout.frame_edges(N) == (0, 1, 2, 3, 4, 5)
     handle.start()
@@ -188,6 +216,18 @@ def test_layers_are_matched_by_place(other):
 def test_another_shape_is_no_match():
     mask, why = find([carried(RowName("a", 0, 0))], RowName("a", 0, 0), seqlen=1280)
     assert mask is None and "2 heads x 640 tokens x 64" in why and "2 heads x 1280 tokens x 64" in why
+
+
+def test_a_mask_of_the_same_size_comes_before_one_of_another_grid():
+    def sized(frames, uuid):
+        signature = Signature(2, N, 64, torch.float16, Grid(0, frames, 8, N // 8 // frames))
+        return CarriedMask(key(), RowName(uuid, 0, 0), signature, SimpleNamespace(nbytes=0))
+
+    other, same = found = [sized(4, "a"), sized(5, "b")]
+    where = key(), RowName("x", 0, 0)
+    assert CarriedMasks(found).find(*where, same.signature) == (same, "")
+    assert CarriedMasks([other]).find(*where, same.signature) == (other, "")
+    assert CarriedMasks([other]).find(*where, same.signature._replace(heads=4))[0] is None
 
 
 def test_two_prompts_of_one_role_are_not_confused():

@@ -60,10 +60,11 @@ def test_deciding_changes_nothing(carried):
     for step in range(12):
         forward_pass = run.forward_pass(model="m", rows=[("negative", 0), ("positive", 0)], video_tokens=N)
         for layer in layers:
-            assert forward_pass._other_attention(call, layer) is None
+            site = forward_pass._site(call, layer)
+            assert forward_pass._other_attention(call, layer, site) is None
             before = everything(run)
-            found = forward_pass._decide(call, layer, None)
-            assert forward_pass._decide(call, layer, None) == found and everything(run) == before
+            found = forward_pass._decide(call, layer, site, None)
+            assert forward_pass._decide(call, layer, site, None) == found and everything(run) == before
             decided.add(str(found) if not isinstance(found, Plan) else f"restart {found.restart}")
         play(run, 1, first=step, layers=layers)
     assert decided == {"warm-up step", "dense end step", "dense_blocks", "dense attention is faster here",

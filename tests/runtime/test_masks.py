@@ -5,7 +5,8 @@ import torch
 from run_kit import in_threads
 
 from liteattention.kernels import SkipMask, mask_nbytes
-from liteattention.runtime.masks import SIZE_CHANGED, LayerKey, MaskTable, RowState, Signature
+from liteattention.runtime.masks import RESIZED, SIZE_CHANGED, LayerKey, MaskTable, RowState, Signature
+from liteattention.runtime.video_tokens import Grid
 
 CPU = torch.device("cpu")
 SIGNATURE = Signature(2, 300, 64, torch.float16)
@@ -38,7 +39,7 @@ def test_layers_ordinals_windows_models_and_devices_have_masks_of_their_own(tabl
     assert len({id(m) for m in masks}) == len(keys)
 
 
-@pytest.mark.parametrize("change", [{"seqlen": 301}, {"dtype": torch.bfloat16}, {"heads": 1}, {"head_dim": 96}])
+@pytest.mark.parametrize("change", [{"seqlen": 301}, {"heads": 1}, {"head_dim": 96}])
 def test_a_changed_row_starts_anew_alone_and_says_so(change):
     notes = []
     table = MaskTable(note=lambda *note: notes.append(note))
@@ -48,6 +49,20 @@ def test_a_changed_row_starts_anew_alone_and_says_so(change):
     assert fresh is not a and fresh.passes == [0] and fresh.to_bool().all()
     assert get(table, ["b"])[0] is b
     assert notes == [(SIZE_CHANGED, "double 0")] and table.nbytes == fresh.nbytes + b.nbytes
+
+
+def test_a_row_keeps_its_mask_in_another_precision_and_over_another_grid():
+    notes = []
+    table = MaskTable(note=lambda *note: notes.append(note))
+    small, large = Grid(0, 3, 10, 10), Grid(0, 3, 20, 10)
+    mask, = get(table, ["a"], grid=small)
+    mask.words.fill_(1)
+    mask.passes[0] = 3
+    other, = get(table, ["a"], grid=small, dtype=torch.bfloat16)
+    assert torch.equal(other.words, mask.words) and other.passes == [3]
+    wide, = get(table, ["a"], grid=large, seqlen=600)
+    assert wide.passes == [3] and not wide.to_bool().all() and table.nbytes == wide.nbytes
+    assert set(notes) == {(RESIZED, "double 0")}
 
 
 def test_masks_are_allocated_once_in_their_final_size(table, monkeypatch):

@@ -110,9 +110,10 @@ class Player:
             assert self.owner.setdefault(id(mask), (mask, self.site, row))[1:] == (self.site, row), "another row's mask"
             entering = state(mask)
             held, last, was = self.left.get((self.site, row), (None, None, None))
-            if held is not None and (held.seqlen_q, was) == (seqlen, dtype):
-                anew = self.run.phase() is not Phase.SPARSE and id(mask) not in self.carried
-                assert mask is held and entering == (fresh(seqlen) if anew else last)
+            if held is not None and held.seqlen_q == seqlen:
+                anew = self.run.phase() is not Phase.SPARSE and id(held) not in self.carried
+                assert (mask is held) == (was == dtype) and entering == (fresh(seqlen) if anew else last)
+                self.carried |= {id(mask)} if id(held) in self.carried else set()
             elif entering != fresh(seqlen):
                 _, block, ordinal, window, _ = self.site
                 self.before[block, ordinal, window, row.role].remove(entering)

@@ -59,9 +59,19 @@ def test_the_description_says_what_the_settings_meant():
     assert StepPlan(20, 2, 1).describe() == "steps 1-2 of 20 dense, from step 20 dense again"
     assert StepPlan(20, 0).describe() == "step 1 of 20 records"
     assert "no step left to skip in" in StepPlan(2, 1, 1).describe()
-    assert StepPlan(4, 2).describe(continued=True) == "4 steps with the masks of the run before, no warm-up"
-    assert "no step left to skip in" not in StepPlan(2, 1, 1).describe(continued=True)
-    assert "no step left to skip in" in StepPlan(2, 1, 2).describe(continued=True)
+    assert StepPlan(4, 2).describe(continues=True) == "4 steps with the masks of the run before, no warm-up"
+    assert "no step left to skip in" not in StepPlan(2, 1, 1).describe(continues=True)
+    assert "no step left to skip in" in StepPlan(2, 1, 2).describe(continues=True)
+
+
+@pytest.mark.parametrize("total, warmup, end, phases", [
+    (1, 2, 0, [R]), (2, 2, 0, [R, S]), (4, 1, 3, [R, E, E, E]), (12, 3, 9, [W, W, R] + [E] * 9), (4, 1, 9, [E] * 4)])
+def test_a_run_that_is_continued_records_also_where_it_cannot_skip(total, warmup, end, phases):
+    plan = StepPlan(total, warmup, end, continued=True)
+    assert [plan.phase(step) for step in range(total)] == phases
+    told = plan.describe()
+    assert ("records for the run that continues it" in told) == (R in phases and S not in phases)
+    assert ("no step left to skip in" in told) == (R not in phases)
 
 
 @pytest.mark.parametrize("total", range(2, FEW_STEPS + 1))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from liteattention.kernels import TILE
 from liteattention.runtime import VideoTokens
 from liteattention.runtime.reasons import MOSTLY_EXTRA, NO_LAYOUT, NOT_VIDEO
-from liteattention.runtime.video_tokens import VideoLayout, must_keep_tokens, token_reason
+from liteattention.runtime.video_tokens import Grid, must_keep_tokens, token_reason
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
@@ -48,6 +48,12 @@ def test_a_side_that_cannot_be_right_protects_both(latent, extra, data):
         assert must_keep_tokens(latent + extra, VideoTokens(latent, *sides)) == must_keep_tokens(latent + extra, latent)
 
 
+def test_more_extra_tokens_than_the_video_has_are_served_where_all_of_them_are_accounted_for():
+    assert token_reason(900, VideoTokens(300, 100, 500)) is None
+    for seqlen, sides in ((901, (100, 500)), (900, (100, None)), (900, (None, 500))):
+        assert token_reason(seqlen, VideoTokens(300, *sides)) == MOSTLY_EXTRA
+
+
 def test_attentions_of_another_width_are_not_over_the_video():
     video = VideoTokens(500, width=256)
     assert token_reason(500, video, 256) is None
@@ -58,13 +64,19 @@ def test_an_unknown_layout_stays_dense():
     assert token_reason(500, None) == NO_LAYOUT
 
 
-@pytest.mark.parametrize("video, seqlen, edges", [
-    (768, 768, (0, 2, 4, 6)),
-    (VideoTokens(768, front=64), 832, (0.5, 2.5, 4.5, 6.5)),
-    (VideoTokens(768, behind=64), 832, (0, 2, 4, 6)),
-    (768, 832, ()),
-    (700, 700, ()),
+FRAMES = (3, 16, 16)
+
+
+@pytest.mark.parametrize("video, seqlen, offset, edges", [
+    (VideoTokens(768, grid=FRAMES), 768, 0, (0, 2, 4, 6)),
+    (VideoTokens(768, front=64, grid=FRAMES), 832, 64, (0.5, 2.5, 4.5, 6.5)),
+    (VideoTokens(768, behind=64, grid=FRAMES), 832, 0, (0, 2, 4, 6)),
+    (VideoTokens(1024, behind=64, grid=FRAMES), 1088, 0, (0, 2, 4, 6)),  # 256 tokens of guides
+    (VideoTokens(768, grid=FRAMES), 832, None, ()),
+    (VideoTokens(700, grid=FRAMES), 700, None, ()),
+    (VideoTokens(768), 768, None, ()),
+    (VideoTokens(768, grid=(1, 24, 32)), 768, 0, ()),
 ])
-def test_frames_lie_where_the_video_does_or_nowhere_if_that_is_not_certain(video, seqlen, edges):
-    assert VideoLayout(video, 256).frame_edges(seqlen) == edges
-    assert VideoLayout(video, 0).frame_edges(seqlen) == ()
+def test_frames_lie_where_the_video_does_or_nowhere_if_that_is_not_certain(video, seqlen, offset, edges):
+    assert video.grid_in(seqlen) == (None if offset is None else Grid(offset, *video.grid))
+    assert video.frame_edges(seqlen) == edges
