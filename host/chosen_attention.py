@@ -46,7 +46,8 @@ def current(options: Mapping) -> Callable | None:
 
 
 def _holders(network: torch.nn.Module | None) -> list[torch.nn.Module]:
-    return [] if network is None else [module for module in network.modules() if HOLDER in module._modules]
+    modules = network.modules() if isinstance(network, torch.nn.Module) else ()
+    return [module for module in modules if HOLDER in module._modules]
 
 
 def _function(module: torch.nn.Module) -> Callable | None:

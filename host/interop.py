@@ -118,8 +118,8 @@ class Evaluation:
     Attributes:
         sigmas: all its passes have this very tensor. A look at its value would wait for the device, and a sampler may
             come back to a noise level.
-        first: fingerprint of its first pass. A guider's extra passes come later; patches that other nodes put on the
-            model while it runs are on the first pass, too. None where passes cannot be told apart.
+        first: fingerprint of the first pass of the network in the run. A guider's extra passes come later; patches that
+            other nodes put on a running model are on the first pass, too.
     """
 
     sigmas: torch.Tensor | None
@@ -160,8 +160,8 @@ class Evaluations:
         """The evaluation that a pass with these transformer_options belongs to."""
         sigmas, present = options.get("sigmas"), self._present.get(model)
         if present is None or sigmas is None or present.sigmas is not sigmas:
-            present = Evaluation(sigmas, None if sigmas is None else model_call.pass_fingerprint(options))
-            self._present[model] = present
+            first = model_call.pass_fingerprint(options) if present is None else present.first
+            self._present[model] = present = Evaluation(sigmas, first)
             self._first = self._first or (model, window)
             if sigmas is not None and self._first == (model, window):
                 self._begun()

@@ -81,10 +81,10 @@ def test_an_override_found_on_the_model_computes_the_dense_calls_as_without_the_
 def test_an_override_on_top_displaces_the_choice_as_it_does_without_the_node(kit, checkpoint):
     model, calls = checkpoint
     below = kit.lite(model, dense_blocks="0--1")
-    ours = below.model_options["transformer_options"][newer_core.OVERRIDE]
+    lite = below.model_options["transformer_options"][newer_core.OVERRIDE]
 
     def on_top(func, *args, **kwargs):
-        return ours(func, *args, **kwargs)
+        return lite(func, *args, **kwargs)
 
     below.model_options["transformer_options"][newer_core.OVERRIDE] = on_top
     without = model.clone()

@@ -125,6 +125,20 @@ def test_patches_that_come_while_the_model_runs_are_no_extra_pass(kit, runs, ins
     assert handle.summary.sparse_calls == 4 * LAYERS and set(runs[-1].passes.values()) == {4}
 
 
+def test_extra_passes_in_context_windows_are_told_apart_as_well(kit, runs):
+    """Every window has a sigma tensor of its own, in the extra passes, too."""
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    slg = SkipLayerGuidanceDiT.execute(kit.model, 3.0, 0.0, 1.0, "1,2", "").args[0]
+    windows = WanContextWindowsManualNode.execute(
+        slg, context_length=17, context_overlap=4, context_schedule="standard_static", context_stride=1,
+        closed_loop=False, fuse_method="pyramid", freenoise=False).args[0]
+    handle = RunHandle()
+    kit.sample(kit.lite(windows, handle), size=(9, 16, 16))
+    assert dense_calls(handle.summary)["extra guidance pass"] and set(runs[-1].passes.values()) == {4}
+
+
 def test_a_sampler_that_reports_no_steps_skips_all_the_same(kit):
     def silent(model, x, sigmas, extra_args=None, callback=None, disable=None):
         for sigma, following in zip(sigmas, sigmas[1:], strict=False):
