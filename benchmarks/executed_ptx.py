@@ -151,15 +151,20 @@ def _placed(x: torch.Tensor, layout: str) -> torch.Tensor:
     return y.copy_(x)
 
 
-def int8_inputs(attention: dict, q, k, v, faults: list[str]) -> list[torch.Tensor]:
+def int8_inputs(launched: dict, q, k, v, faults: list[str]) -> list[torch.Tensor]:
     """float32 q, k less its mean, and v that the copies given to the last launch stand for, held to the inputs."""
-    found = []
-    for name, x in (("q", q), ("k", k.double() - k.double().mean(2, keepdim=True)), ("v", v)):
+    found, attention = [], launched["attention_kernel"]
+    balance = launched["quantize_kernel"]["balance_ptr"]
+    if not (balance.log2() == balance.log2().round().clamp(-4, 4)).all():
+        faults.append("RESULT: channels are not balanced by powers of two from 1/16 to 16")
+    for name, x, factor in (("q", q, balance), ("k", k.double() - k.double().mean(2, keepdim=True), 1 / balance),
+                            ("v", v, 1.0)):
         copy, unit = attention[f"{name}_ptr"], attention[f"{name}_scale_ptr"]
         if unit is None:
             found.append(copy.float())
             continue
-        unit = unit.view(*x.shape[:2], -1).repeat_interleave(128, 2)[..., :x.shape[2], None]
+        unit = unit.view(*x.shape[:2], -1, 1)
+        unit = (unit if name == "q" else unit.repeat_interleave(128, 2)[:, :, :x.shape[2]]) * factor
         found.append(copy.float() * unit)
         # In steps of INT8, or of float16, which rounds by the size of the number.
         step = unit if name != "v" else unit * copy.float().abs().clamp_min(2.0**-14) * 2.0**-10
@@ -198,7 +203,7 @@ def run_case(c: Case, arch: str, *, shuffle: bool = False, **gpu_options) -> Res
             faults = [f"RESULT: {name} was never written in part" for name, x in (("output", out), ("LSE", lse))
                       if x is not None and gpu.unwritten(x)]
             out = out.unflatten(2, (c.heads, c.d)).transpose(1, 2) if c.layout == "packed" else out
-            same = int8_inputs(gpu.attention, q, k, v, faults) if c.int8 else (q, k, v)
+            same = int8_inputs(gpu.launched, q, k, v, faults) if c.int8 else (q, k, v)
             options["threshold"] -= INT8_GUARD * c.int8
             want = reference.attention(*same, before, options["threshold"], backwards, mass=c.criterion == "mass",
                                        must=c.must and c.must.tile_mask(c.n_q, c.n_k), pool_skipped=c.pooled)

@@ -141,9 +141,9 @@ def lite_attention(
         sm_scale: factor on q·k before softmax, default D ** -0.5.
         return_lse: also return the natural-log log-sum-exp of the scaled scores over computed tiles and pooled keys.
         precision: "full", "int8" or "auto" (see `precision_choice`). INT8 computes q·k from INT8 copies of q and k with
-            a scale per 128 tokens, skips with a threshold lower by `INT8_GUARD`, and on GeForce architectures sums
-            P·V in float16. There a NaN or Inf in q makes the results of its tile NaN, one in k those of its head.
-            With `return_lse`, and where the GPU has no fast INT8, the call is computed in full precision.
+            a scale per row of q and per 128 keys, skips with a threshold lower by `INT8_GUARD`, and on GeForce
+            architectures sums P·V in float16. There a NaN or Inf in q makes the results of its row NaN, one in k those
+            of its head. With `return_lse`, and where the GPU has no fast INT8, the call is computed in full precision.
         backend: "triton", "torch", or None / "auto" (see `choose_backend`). A named backend never falls back.
         workspace: scratch memory to reuse between calls; without one it is allocated per call.
         computed: contiguous int64 tensor on q's device of any number of elements; the number of tiles computed is added

@@ -70,6 +70,7 @@ def _attend(q, k, v, acc, acc_unit, m_i, l_i, tile_mass, row_bits, word, words_p
     if INT8:
         offset = _MAGIC * qk_scale
         tile_max = (tl.max(s, 1) - _MAGIC) * qk_scale
+        qk_scale = qk_scale[:, None]
     else:
         offset = 0.0
         tile_max = tl.max(s, 1) * qk_scale
@@ -122,7 +123,7 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
     [B, H, N, D] with unit last stride. With TMA, k_ptr and v_ptr are tensor descriptors of blocks [1, 1, BLOCK_N, D].
     Row, head and batch offsets are int64; offsets within a compute tile are int32.
 
-    RAGGED: the last key tile is not whole. INT8: q, k are int8 with scales float32 [B, H, QT] and [B, H, KT].
+    RAGGED: the last key tile is not whole. INT8: q, k are int8 with scales float32 [B, H, N_q] and [B, H, KT].
     PV_FP16: v is float16 with scales [B, H, KT]. MASS: the test is on a tile's share of the row's sum so far, and
     threshold is that share, not its log2. POOLED: row_threshold, float32 [B, H, N_q], takes the place of threshold;
     where a tile is skipped, out holds the attention over pooled keys and pooled_lse, [B, H, N_q], its log2-sum-exp.
@@ -152,7 +153,7 @@ def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_scale_ptr, k_scale
         k_ptr += batch_offset * stride_kb + head_offset * stride_kh
         v_ptr += batch_offset * stride_vb + head_offset * stride_vh
     if INT8:
-        qk_scale = qk_scale * tl.load(q_scale_ptr + list_index)
+        qk_scale = qk_scale * tl.load(q_scale_ptr + batch_head.to(tl.int64) * seqlen_q + rows)
         k_scale_ptr += batch_head * k_tiles
     if PV_FP16:
         v_scale_ptr += batch_head * k_tiles

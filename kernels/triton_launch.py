@@ -16,7 +16,7 @@ from .mask import TILE, WORD_BITS, MustKeep, tiles
 from .pooled import LOST_MIN, RAISED_MAX
 from .precision import INT8_GUARD
 from .triton_attention import attention_kernel
-from .triton_int8 import MEAN_CHUNK, channel_sum_kernel, quantize_kernel
+from .triton_int8 import CHUNK, Q_CHUNK, balance_kernel, channel_sum_kernel, quantize_kernel
 from .triton_pooled import pool_kernel, pooled_attention_kernel
 from .triton_tile_lists import tile_list_kernel
 from .workspace import Workspace
@@ -69,9 +69,9 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
                      sm_scale: float, workspace: Workspace, computed: Tensor | None, *,
                      mass: bool = False, int8: bool = False, pool_skipped: bool = False,
                      config: LaunchConfig | None = None) -> None:
-    """`lite_attention` after its checks: two launches and a sort, two launches more for INT8, two and a few small ones
-    of torch for pooled keys; no host synchronisation. INT8 allocates its copies of q, k, v per call: kept between calls
-    they would hold gigabytes that the rest of the model needs. Pooled keys allocate a hundredth of that.
+    """`lite_attention` after its checks: two launches and a sort, three launches more for INT8, two and a few small
+    ones of torch for pooled keys; no host synchronisation. INT8 allocates its copies of q, k, v per call: kept between
+    calls they would hold gigabytes that the rest of the model needs. Pooled keys allocate a hundredth of that.
 
     While recording, a launch that fails leaves the masks of `entries` reset: the tile lists' launch has emptied them.
 
@@ -155,25 +155,29 @@ def _int8_copies(q: Tensor, k: Tensor, v: Tensor, v_fp16: bool) -> _Int8:
     batch, heads, seqlen_q, head_dim = q.shape
     seqlen_k = k.shape[2]
     q_tiles, k_tiles = tiles(seqlen_q), tiles(seqlen_k)
-    n_chunks = -(-seqlen_k // MEAN_CHUNK)
+    n_chunks = -(-max(seqlen_q, seqlen_k) // CHUNK)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
 
     q8, k8 = empty(torch.int8, seqlen_q, head_dim), empty(torch.int8, seqlen_k, head_dim)
     v16 = empty(torch.float16, seqlen_k, head_dim) if v_fp16 else None
-    q_scale, k_scale = empty(torch.float32, q_tiles), empty(torch.float32, k_tiles)
+    q_scale, k_scale = empty(torch.float32, seqlen_q), empty(torch.float32, k_tiles)
     v_scale = empty(torch.float32, k_tiles) if v_fp16 else None
-    sums = empty(torch.float32, n_chunks, head_dim)
+    sums = empty(torch.float32, n_chunks, 3, head_dim)
+    common = {"n_heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "D": head_dim,
+              "D_PADDED": _padded(head_dim), "num_warps": 8}
     channel_sum_kernel[(batch * heads * n_chunks,)](
-        k_ptr=k, sums_ptr=sums, **_strides(k=k), n_heads=heads, seqlen=seqlen_k, n_chunks=n_chunks, CHUNK=MEAN_CHUNK,
-        BLOCK=64, D=head_dim, D_PADDED=_padded(head_dim), num_warps=8)
+        q_ptr=q, k_ptr=k, sums_ptr=sums, **_strides(q=q, k=k), **common, n_chunks=n_chunks, CHUNK=CHUNK,
+        Q_CHUNK=Q_CHUNK, BLOCK=64)
+    mean, balance = empty(torch.float32, 1, head_dim), empty(torch.float32, 1, head_dim)
+    balance_kernel[(batch * heads,)](sums_ptr=sums, mean_ptr=mean, balance_ptr=balance, seqlen_k=seqlen_k,
+                                     n_chunks=n_chunks, D=head_dim, D_PADDED=_padded(head_dim), num_warps=4)
     quantize_kernel[(batch * heads * max(q_tiles, k_tiles),)](
-        q_ptr=q, k_ptr=k, v_ptr=v, sums_ptr=sums, q8_ptr=q8, k8_ptr=k8, v16_ptr=v16, q_scale_ptr=q_scale,
-        k_scale_ptr=k_scale, v_scale_ptr=v_scale, **_strides(q=q, k=k, v=v), n_heads=heads, seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k, q_tiles=q_tiles, k_tiles=k_tiles, n_chunks=n_chunks, TILE=TILE, D=head_dim,
-        D_PADDED=_padded(head_dim), V_FP16=v_fp16, num_warps=8)
-    return _Int8(q8, k8, v16 if v_fp16 else v, q_scale, k_scale, v_scale, sums.sum(2, keepdim=True).div_(seqlen_k))
+        q_ptr=q, k_ptr=k, v_ptr=v, mean_ptr=mean, balance_ptr=balance, q8_ptr=q8, k8_ptr=k8, v16_ptr=v16,
+        q_scale_ptr=q_scale, k_scale_ptr=k_scale, v_scale_ptr=v_scale, **_strides(q=q, k=k, v=v), **common,
+        q_tiles=q_tiles, k_tiles=k_tiles, TILE=TILE, V_FP16=v_fp16)
+    return _Int8(q8, k8, v16 if v_fp16 else v, q_scale, k_scale, v_scale, mean)
 
 
 def _attend_pooled(q: Tensor, k: Tensor, v: Tensor, out: Tensor, masks: Tensor, copies: _Int8 | None, sm_scale: float,

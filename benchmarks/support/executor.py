@@ -32,7 +32,7 @@ def missing() -> str:
 
 @lru_cache(maxsize=1)
 def executor() -> type:
-    """The executor's driver of Triton, which also keeps the arguments of the last attention launch."""
+    """The executor's driver of Triton, which also keeps the arguments of each kernel's last launch."""
     sys.path.insert(0, str(EXECUTOR))
     import gpu  # not `benchmarks/gpu.py`: the folder above comes first
 
@@ -52,14 +52,13 @@ def executor() -> type:
                                             hash=compiled.hash)
 
         def __call__(self, *launch):
-            if self.compiled.metadata.name == "attention_kernel":
-                given = zip(self.src.fn.arg_names, launch[-len(self.src.fn.arg_names):], strict=True)
-                self.gpu.attention = {name: getattr(x, "base", x) for name, x in given}
+            given = zip(self.src.fn.arg_names, launch[-len(self.src.fn.arg_names):], strict=True)
+            self.gpu.launched[self.compiled.metadata.name] = {name: getattr(x, "base", x) for name, x in given}
             super().__call__(*launch)
 
     class GPU(gpu.EmulatedGPU):
         def __enter__(self):
-            self.launcher_cls, self.attention = Launcher, {}
+            self.launcher_cls, self.launched = Launcher, {}
             knobs.runtime.add_stages_inspection_hook = _without_assembler
             return super().__enter__()
 

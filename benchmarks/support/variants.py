@@ -25,7 +25,7 @@ DISASSEMBLED = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 
 KERNELS = {"attention": "attention_kernel", "tile lists": "tile_list_kernel", "pool": "pool_kernel",
            "pooled attention": "pooled_attention_kernel", "channel sum": "channel_sum_kernel",
-           "quantize": "quantize_kernel"}
+           "balance": "balance_kernel", "quantize": "quantize_kernel"}
 """By what is printed: their names in `triton_launch`."""
 
 ONE_OF_EACH_KIND = ("sm_89", "sm_90")
@@ -58,7 +58,7 @@ def default_variants(arch: str) -> list[Variant]:
     for form in forms.default_forms(arch):
         found += [Variant(arch, form), Variant(arch, form, "pooled attention")]
         if form.criterion == forms.CHOICES["criterion"][0]:
-            found += [Variant(arch, form, kernel) for kernel in ("channel sum", "quantize") if form.int8]
+            found += [Variant(arch, form, kernel) for kernel in ("channel sum", "balance", "quantize") if form.int8]
             found += [Variant(arch, form, kernel) for kernel in ("tile lists", "pool") if not form.int8]
     # Of the forms in INT8 and without, these are the same.
     return [v for v in found if not (v.kernel == "pooled attention" and v.form.int8)]

@@ -20,17 +20,26 @@ def by_tile(x):
 
 def dequantised(q, k, v, v_fp16):
     """What an int8 call is to compute with, in float64: rounding as documented, by other code than the kernel's."""
-    def int8(x):
-        scale = x.abs().amax((-1, -2), keepdim=True) / 127
+    def int8(x, axes):
+        scale = x.abs().amax(axes, keepdim=True) / 127
         return (x / scale).round() * scale
 
     q, k, v = (x.double() for x in (q, k, v))
     k = k - k.mean(2, keepdim=True)
-    q, k = (torch.cat([int8(x) for x in by_tile(t)], 2) for t in (q, k))
+    power = balance_of(q, k)
+    q = int8(q / power, -1) * power
+    k = torch.cat([int8(x, (-1, -2)) for x in by_tile(k * power)], 2) / power
     if v_fp16:
         scales = [2.0 ** (x.abs().amax((-1, -2), keepdim=True) / 512).log2().ceil() for x in by_tile(v)]
         v = torch.cat([(x / s).half().double() * s for x, s in zip(by_tile(v), scales, strict=True)], 2)
     return q, k, v
+
+
+def balance_of(q, k):
+    """The power of two that takes half of what a channel of q stands out by, from twice the mean on, to k."""
+    q_size, k_size = q[:, :, :512].abs().mean(2, keepdim=True), k.pow(2).mean(2, keepdim=True).sqrt()
+    q_ratio, k_ratio = (torch.log2(x / x.mean(-1, keepdim=True)) for x in (q_size, k_size))
+    return 2.0 ** (((q_ratio - 1).clamp(min=0) - k_ratio.clamp(min=0)) / 2).round()
 
 
 def run(inputs, mask, device, config=None, backwards=False, threshold=-4.0):
@@ -80,9 +89,60 @@ def test_close_to_full_precision(device, d):
     assert (out - exact).norm() < 3e-2 * exact.norm()
 
 
+def rotated(x, size):
+    """x with a pair of channels that rotary embedding turns from token to token."""
+    angle = 0.3 * torch.arange(x.shape[2])
+    pair = torch.stack([angle.cos(), angle.sin()], -1) * size
+    return torch.cat([x[..., :5], x[..., 5:7] + pair, x[..., 7:]], -1)
+
+
+def channel(x, factor=1.0, shift=0.0):
+    """x with one channel that is larger, or far from zero."""
+    return torch.cat([x[..., :5], x[..., 5:6] * factor + shift, x[..., 6:]], -1)
+
+
+def token(x, factor):
+    return torch.cat([x[:, :, :200], x[:, :, 200:201] * factor, x[:, :, 201:]], 2)
+
+
+@pytest.mark.parametrize("changed, bound", [
+    (lambda q, k, v: (q, k, v), 1.3e-2),
+    (lambda q, k, v: (4 * q, 4 * k, v), 5.2e-2),
+    (lambda q, k, v: (8 * q, 8 * k, v), 9e-2),
+    (lambda q, k, v: (token(q, 50), k, v), 1.2e-2),
+    (lambda q, k, v: (q, token(k, 50), v), 3e-2),
+    (lambda q, k, v: (channel(q, factor=20), k, v), 2.5e-2),
+    (lambda q, k, v: (q, channel(k, factor=20), v), 3e-2),
+    (lambda q, k, v: (channel(q, shift=40), k, v), 2.8e-2),
+    (lambda q, k, v: (q, channel(k, shift=40), v), 1.3e-2),
+    (lambda q, k, v: (rotated(q, 40), k, v), 3e-2),
+    (lambda q, k, v: (rotated(q, 40), rotated(k, 40), v), 1.8e-1),
+    (lambda q, k, v: (q, k, v * torch.tensor([1.0, 1e-3, 1e3])[torch.arange(384) // TILE, None]), 1.3e-2),
+], ids=["unit variance", "norms x4", "norms x8", "query token x50", "key token x50", "channel of q x20",
+        "channel of k x20", "channel of q +40", "channel of k +40", "rotated pair of q", "rotated pair of q and k",
+        "v from 1e-3 to 1e3"])
+def test_outliers(device, changed, bound):
+    """Relative error where INT8 has few steps left for most elements: a tile or row is as coarse as its largest one."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [x.half() for x in changed(*(torch.randn(1, 2, 384, 128, generator=generator) for _ in range(3)))]
+    exact = oracle.attention(*inputs, torch.ones(1, 2, 3, 3, dtype=torch.bool), -30.0).out
+    out = run(inputs, SkipMask.full(1, 2, 384, device=device), device, threshold=-30.0)
+    error = (out - exact).norm() / exact.norm()
+    assert error < bound
+
+
+def test_a_large_query_token_leaves_the_other_rows_as_they_were(device):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 384, 128, generator=generator).half() for _ in range(3))
+    plain, large = (run([x, k, v], SkipMask.full(1, 2, 384, device=device), device, threshold=-30.0)
+                    for x in (q, token(q, 50)))
+    others = torch.arange(384) != 200
+    assert torch.equal(plain[:, :, others], large[:, :, others])
+
+
 def test_a_tile_that_full_precision_keeps_is_kept(device):
     """The guard: no decision of INT8 drops a tile that exact scores keep at the threshold asked for."""
-    dropped = extra = 0
+    dropped = droppable = 0
     for seed in range(4):
         inputs = oracle.make(1, 2, 640, 640, 128, torch.float16, seed=seed)
         exact = oracle.attention(*inputs, torch.ones(1, 2, 5, 5, dtype=torch.bool), -4.0).keep
@@ -91,8 +151,8 @@ def test_a_tile_that_full_precision_keeps_is_kept(device):
         got = mask.to_bool().cpu()
         assert not (exact & ~got).any()
         dropped += (~got).sum().item()
-        extra += (got & ~exact).sum().item()
-    assert dropped >= 20 and extra < dropped, "the guard costs tiles, not all of them"
+        droppable += (~exact).sum().item()
+    assert dropped > 0.4 * droppable > 10, "the guard costs tiles, not all of them"
 
 
 def test_scores_stray_less_than_the_guard_allows():
@@ -124,9 +184,11 @@ def test_nan_and_inf_are_not_hidden(device, where, value):
     inputs["qkv".index(where)][0, 0, 200, 3] = value
     mask = SkipMask.full(1, 2, 384, device=device)
     out = run(inputs, mask, device, configs()["float16 P·V"])
-    bad = {"q": out[0, 0, 128:256], "k": out[0, 0], "v": out[0, 0, :, 3]}[where]
+    bad = {"q": out[0, 0, 200], "k": out[0, 0], "v": out[0, 0, :, 3]}[where]
     assert not bad.isfinite().any() if where != "v" else not bad.isfinite().all()
     assert out[0, 1].isfinite().all(), "the other head is not touched"
+    if where == "q":
+        assert out[0, 0, :200].isfinite().all() and out[0, 0, 201:].isfinite().all(), "nor are other rows"
     if where == "k":
         assert mask.to_bool()[0, 0].all(), "scores that do not compare drop nothing"
 

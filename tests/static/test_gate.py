@@ -50,7 +50,7 @@ def test_pins_gate_and_self_test_hold_what_is_launched_and_nothing_else(static):
         assert {v.form for v in all_variants(arch)} == set(forms.launchable(arch))
         assert set(default_variants(arch)) <= set(gate_variants()) & set(variants(arch))
         assert {v.form for v in default_variants(arch)} == set(forms.default_forms(arch))
-        assert {v.kernel for v in variants(arch)} >= set(KERNELS) - {"channel sum", "quantize"}
+        assert {v.kernel for v in variants(arch)} >= set(KERNELS) - {"channel sum", "balance", "quantize"}
     assert set(gate_variants()) < {variant for arch in NVIDIA for variant in variants(arch)}
     assert {v.kernel for v in gate_variants()} == set(KERNELS)
 
