@@ -22,7 +22,7 @@ import re
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,7 @@ from support.executor import as_on, executor, missing  # noqa: E402
 from liteattention.kernels import MustKeep, SkipMask, Workspace, lite_attention, reference  # noqa: E402
 from liteattention.kernels.forms import Form, default_forms, launchable  # noqa: E402
 from liteattention.kernels.precision import INT8_GUARD, precision_on  # noqa: E402
+from liteattention.kernels.triton_hopper_launch import serves_hopper  # noqa: E402
 from liteattention.runtime.rules import ErrorBudget, Threshold  # noqa: E402
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_120")
@@ -55,6 +56,7 @@ class Case:
 
     Attributes:
         steps: "record" or "read" for a call; "holes" makes random tiles of the masks inactive.
+        hopper: by the kernel for Hopper.
         layout: "strided" ([B, N, H, D] memory), "packed", "contiguous", "unaligned" (by one element), or "far": tokens
             2^24 - 16 elements apart, so that offsets pass 32 bits.
     """
@@ -73,6 +75,7 @@ class Case:
     layout: str = "strided"
     must: MustKeep | None = None
     lse: bool = False
+    hopper: bool = False
 
     @classmethod
     def of(cls, form: Form, n_q: int, n_k: int, **more) -> Case:
@@ -92,6 +95,7 @@ class Result:
     seconds: float = 0.0
 
 
+EMPTY = ("record", "holes", "holes", "read", "record")
 READING = dict(steps=("holes", "read"), lse=True)
 OTHERS = (
     Case("packed, text stays", 64, FP16, n_q=256, n_k=384, heads=2, layout="packed", must=MustKeep(keys=((300, 384),))),
@@ -103,16 +107,21 @@ OTHERS = (
     Case("reading, LSE", 128, FP16, n_k=513, **READING),
     Case("reading, LSE, not pooled, unaligned", 64, pooled=False, layout="unaligned", **READING),
     Case("two mask words", 64, n_q=130, n_k=4300),
+    Case("max, whole tiles", 128, FP16, "max", n_q=256, n_k=768, heads=2, lse=True, steps=("record", "record", "read")),
+    Case("empty lists", 64, n_q=260, heads=2, steps=EMPTY),
+    Case("empty lists, not pooled", 64, n_q=260, n_k=384, heads=2, pooled=False, steps=EMPTY),
     Case("offsets beyond 32 bits", n_q=130, layout="far", steps=("record", "holes", "record")),
 )
 
 
 def gate(arch: str) -> list[Case]:
     """What the node's defaults launch, its two rules, recording on a full and on a shrunken mask; and one case of each
-    other property of a call."""
+    other property of a call. What the kernel for Hopper takes also by that."""
     defaults = [Case.of(form, 513, 513, batch=2, steps=("record", "record", "holes", "record"))
                 for form in default_forms(arch)]
-    return defaults + [c for c in OTHERS if not c.int8 or precision_on(arch, c.dtype, c.n_k, "int8").name == "int8"]
+    cases = defaults + [c for c in OTHERS if not c.int8 or precision_on(arch, c.dtype, c.n_k, "int8").name == "int8"]
+    return cases + [replace(c, name=f"Hopper: {c.name}", hopper=True) for c in cases
+                    if serves_hopper(arch, c.d, c.dtype, c.int8)]
 
 
 def every_form(arch: str) -> list[Case]:
@@ -174,14 +183,15 @@ def int8_inputs(launched: dict, q, k, v, faults: list[str]) -> list[torch.Tensor
     return found
 
 
-def run_case(c: Case, arch: str, *, shuffle: bool = False, **gpu_options) -> Result:
-    """gpu_options: those of the executor's driver, which can change the PTX before it runs."""
+def run_case(c: Case, arch: str, *, order: int = 0, **gpu_options) -> Result:
+    """order: of warps, 0 or 1 as far as they come, the first or the last first, 2 in random slices. gpu_options: others
+    of the executor's driver, which can change the PTX before it runs."""
     result, started = Result(), time.monotonic()
     q, k, v = inputs(c)
     masks = [SkipMask.full(1, c.heads, c.n_q, c.n_k) for _ in range(c.batch)]
     twins, workspace = [m.clone() for m in masks], Workspace()
     test = RULES[c.criterion].skip_test(None, 0, c.n_k)
-    with executor()(arch, order=2 if shuffle else 0, shuffle=shuffle, **gpu_options) as gpu, as_on(arch):
+    with executor()(arch, order=order, **gpu_options) as gpu, as_on(arch, c.hopper):
         gpu.masks = [(f"mask of batch entry {b}", m.words[0]) for b, m in enumerate(masks)]
         for number, step in enumerate(c.steps):
             if step == "holes":
@@ -292,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     for arch in args.archs:
         for case in gate(arch) + (every_form(arch) if args.all else []):
             if args.only in case.name:
-                results.append(run_case(case, arch, shuffle=args.shuffle))
+                results.append(run_case(case, arch, order=2 * args.shuffle, shuffle=args.shuffle))
                 print(line(arch, case, results[-1]), *(f"       {text[:400]}" for text in results[-1].faults[:8]),
                       sep="\n", flush=True)
     failed = sum(bool(r.faults) for r in results)

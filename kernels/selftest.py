@@ -1,9 +1,9 @@
 """Run as a script in a child process: compile, launch and check small calls of every form near the node's defaults.
 
-    python selftest.py cuda:0 [plain]
+    python selftest.py cuda:0 [plain | hopper]
 
 Exits 0 if every result and mask agrees with the torch backend; says on its last line what did not. "plain" does without
-pooled keys, as a run can, too.
+pooled keys, as a run can, too; "hopper" checks the kernel for Hopper, in the forms that it takes.
 """
 
 from __future__ import annotations
@@ -31,18 +31,22 @@ def load_kernels():
     return module
 
 
-def checked_forms(kernels, device: str, plain: bool) -> list:
-    """What a run on `device` can launch, from `forms`; "plain": without pooled keys."""
+def checked_forms(kernels, device: str, plain: bool, hopper: bool = False) -> list:
+    """What a run on `device` can launch, from `forms`; "plain": without pooled keys, "hopper": what that kernel takes.
+    """
     import torch
 
     forms, launch_table = (importlib.import_module(f".{name}", kernels.__name__) for name in ("forms", "launch_table"))
     found = forms.near_defaults(launch_table.architecture(torch.device(device)))
     if device == "cpu":  # Triton's interpreter cannot multiply bfloat16
         found = [replace(form, dtype=torch.float16) if form.dtype == torch.bfloat16 else form for form in found]
+    if hopper:
+        launch = importlib.import_module(".triton_hopper_launch", kernels.__name__)
+        found = [form for form in found if launch.serves_hopper("sm_90", form.head_dim, form.dtype, form.int8)]
     return list(dict.fromkeys(replace(form, pool_skipped=form.pool_skipped and not plain) for form in found))
 
 
-def check(kernels, device: str, forms: list) -> str | None:
+def check(kernels, device: str, forms: list, hopper: bool = False) -> str | None:
     """None, or what differs between Triton and torch on `device`."""
     import torch
 
@@ -51,10 +55,10 @@ def check(kernels, device: str, forms: list) -> str | None:
         tolerance = 1e-1 if form.int8 else {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-3}[form.dtype]
         # Several heads and batch entries, but for the interpreter, to which each costs as much as the first.
         inputs = make_inputs(1 if device == "cpu" else 2, 300 if form.ragged else 384, form.head_dim, form.dtype)
-        expected, expected_words = run(kernels, "torch", inputs, "cpu", form, form == with_lse)
+        expected, expected_words = run(kernels, "torch", inputs, "cpu", form, form == with_lse, hopper)
         if not (expected_words == 0b011).any():
             return f"the self-test's own data dropped no tile: {form.name}"
-        results, words = run(kernels, "triton", inputs, device, form, form == with_lse)
+        results, words = run(kernels, "triton", inputs, device, form, form == with_lse, hopper)
         for a, b in zip(results, expected, strict=True):
             error = (a - b).abs().max().item()
             if not error < tolerance:
@@ -81,8 +85,10 @@ def make_inputs(entries: int, seqlen: int, head_dim: int, dtype) -> list:
     return [x.to(dtype).transpose(1, 2) for x in (q, k, v)]
 
 
-def run(kernels, backend: str, inputs: list, device: str, form, with_lse: bool) -> tuple[list, object]:
-    """Results of two recording calls in float32, and the mask's words, on the CPU."""
+def run(kernels, backend: str, inputs: list, device: str, form, with_lse: bool,
+        hopper: bool = False) -> tuple[list, object]:
+    """Results of two recording calls in float32, and the mask's words, on the CPU; with `hopper` also those of a call
+    that only reads, which is another form there."""
     import torch
 
     q, k, v = (x.to(device) for x in inputs)
@@ -91,22 +97,25 @@ def run(kernels, backend: str, inputs: list, device: str, form, with_lse: bool) 
     results = []
     options = {"mass": form.criterion == "mass", "pool_skipped": form.pool_skipped}
     if backend == "triton":
-        options["int8"] = form.int8
+        options.update(int8=form.int8, hopper=hopper)
         attention = importlib.import_module(".triton_launch", kernels.__name__).triton_attention
     else:
         attention = importlib.import_module(".torch_attention", kernels.__name__).torch_attention
-    for backwards in (False, True):
+    for backwards, recording in ((False, True), (True, True), *[(False, False)] * hopper):
         out = torch.empty_like(q)
         lse = torch.empty(batch, heads, seqlen, device=device) if with_lse else None
-        attention(q, k, v, out, lse, [(mask, entry) for entry in range(batch)], [backwards] * batch, THRESHOLD, True,
-                  kernels.MustKeep(queries=((0, 1),)), head_dim ** -0.5, kernels.Workspace(), None, **options)
+        attention(q, k, v, out, lse, [(mask, entry) for entry in range(batch)], [backwards] * batch, THRESHOLD,
+                  recording, kernels.MustKeep(queries=((0, 1),)), head_dim ** -0.5, kernels.Workspace(), None,
+                  **options)
         results += [x.float().cpu() for x in (out, lse) if x is not None]
     return results, mask.words.cpu()
 
 
 if __name__ == "__main__":
     loaded = load_kernels()
-    problem = check(loaded, sys.argv[1], checked_forms(loaded, sys.argv[1], plain="plain" in sys.argv[2:]))
+    hopper = "hopper" in sys.argv[2:]
+    checked = checked_forms(loaded, sys.argv[1], plain="plain" in sys.argv[2:], hopper=hopper)
+    problem = check(loaded, sys.argv[1], checked, hopper)
     if problem:
         print(problem, file=sys.stderr)
         sys.exit(1)

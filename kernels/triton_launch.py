@@ -16,6 +16,7 @@ from .mask import TILE, WORD_BITS, MustKeep, tiles
 from .pooled import LOST_MIN, RAISED_MAX
 from .precision import INT8_GUARD
 from .triton_attention import attention_kernel
+from .triton_hopper_launch import attend_hopper, hopper_descriptors, takes_hopper
 from .triton_int8 import CHUNK, Q_CHUNK, balance_kernel, channel_sum_kernel, quantize_kernel
 from .triton_pooled import pool_kernel, pooled_attention_kernel
 from .triton_tile_lists import tile_list_kernel
@@ -68,12 +69,16 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
                      backwards: list[bool], threshold: float, recording: bool, must_keep: MustKeep | None,
                      sm_scale: float, workspace: Workspace, computed: Tensor | None, *,
                      mass: bool = False, int8: bool = False, pool_skipped: bool = False,
-                     config: LaunchConfig | None = None) -> None:
+                     config: LaunchConfig | None = None, hopper: bool | None = None) -> None:
     """`lite_attention` after its checks: two launches and a sort, three launches more for INT8, two and a few small
     ones of torch for pooled keys; no host synchronisation. INT8 allocates its copies of q, k, v per call: kept between
     calls they would hold gigabytes that the rest of the model needs. Pooled keys allocate a hundredth of that.
 
     While recording, a launch that fails leaves the masks of `entries` reset: the tile lists' launch has emptied them.
+
+    Args:
+        config: instead of the table's.
+        hopper: take the kernel for Hopper where strides allow it; None where `takes_hopper` says so.
 
     Raises:
         torch.OutOfMemoryError: no memory for the INT8 copies or the pooled keys; masks and counter are as before.
@@ -81,6 +86,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     _, heads, seqlen_q, head_dim = q.shape
     seqlen_k, device = k.shape[2], q.device
     arch = architecture(device)
+    hopper = takes_hopper(device, head_dim, q.dtype, int8) if hopper is None and config is None else hopper
     config = config or launch_config(arch, head_dim, q.dtype, int8)
     # What several kernels take, by their names of it.
     common = {"n_heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "TILE": TILE, "D": head_dim,
@@ -100,7 +106,12 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
         try:
             lists = _tile_lists(masks, recording, must_keep, computed, heads, seqlen_q, seqlen_k, workspace)
             order = lists.order(workspace, seqlen_q)
-            _attend(q, k, v, out, lse, masks, lists, order, copies, pooled, sm_scale, threshold, common, config)
+            blocks = hopper_descriptors((q, k, v), [_told_strides(x) for x in (q, k, v)]) if hopper else None
+            if blocks is not None:
+                attend_hopper(blocks, out, lse, masks, *lists, order, *pooled, sm_scale * _LOG2E, threshold, mass,
+                              recording, seqlen_q, seqlen_k)
+            else:
+                _attend(q, k, v, out, lse, masks, lists, order, copies, pooled, sm_scale, threshold, common, config)
         except Exception:
             if computed is not None and lists is not None:
                 with suppress(RuntimeError):  # a device that has failed refuses this too
@@ -237,7 +248,11 @@ def _descriptor_strides(shape: tuple[int, ...], strides: tuple[int, ...], misali
     return [*told, 1]
 
 
+def _told_strides(x: Tensor) -> list[int] | None:
+    return _descriptor_strides(tuple(x.shape), x.stride(), x.data_ptr() % 16, x.itemsize)
+
+
 def _descriptor(x: Tensor, block_n: int) -> TensorDescriptor | None:
     """x [B, H, N, D] in blocks of block_n tokens, or None, see `_descriptor_strides`."""
-    strides = _descriptor_strides(tuple(x.shape), x.stride(), x.data_ptr() % 16, x.itemsize)
+    strides = _told_strides(x)
     return strides and TensorDescriptor(x, list(x.shape), strides, [1, 1, block_n, x.shape[3]])

@@ -59,6 +59,18 @@ def triton_verdict(device: torch.device) -> TritonVerdict:
     return _device_verdict(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def hopper_verdict(device: torch.device) -> TritonVerdict:
+    """The same for the kernel that is made for Hopper, whose barriers can hang a GPU if they are wrong: the child's
+    time limit ends it, and a hang is a verdict."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return cached_verdict([*_identity(index), "hopper"], f"cuda:{index}", run_child=_run_hopper_selftest)
+
+
+def _run_hopper_selftest(device: str) -> TritonVerdict:
+    problem = _problem(device, "hopper")
+    return TritonVerdict(not problem, problem)
+
+
 @lru_cache(maxsize=None)
 def _device_verdict(index: int) -> TritonVerdict:
     if importlib.util.find_spec("triton") is None:
@@ -67,9 +79,13 @@ def _device_verdict(index: int) -> TritonVerdict:
     if not torch.version.hip and properties.major < 8:
         return TritonVerdict(False, f"{properties.name} (sm_{properties.major}{properties.minor}) is older than "
                                     "sm_80, the first that the kernels are made for")
-    identity = [properties.name, str(torch.version.cuda or torch.version.hip), torch.__version__,
-                " ".join(triton_package() or ("unknown",)), _driver_version(), _source_hash()]
-    return cached_verdict(identity, f"cuda:{index}")
+    return cached_verdict(_identity(index), f"cuda:{index}")
+
+
+def _identity(index: int) -> list[str]:
+    """What a verdict holds for."""
+    return [torch.cuda.get_device_properties(index).name, str(torch.version.cuda or torch.version.hip),
+            torch.__version__, " ".join(triton_package() or ("unknown",)), _driver_version(), _source_hash()]
 
 
 def cached_verdict(identity: list[str], device: str, cache_dir: Path | None = None,

@@ -53,7 +53,7 @@ def test_layers_import_only_what_they_may(path):
 def test_triton_is_imported_in_its_own_files_only(path):
     if "triton" in imports(path):
         assert path.name in ("triton_tile_lists.py", "triton_attention.py", "triton_int8.py", "triton_pooled.py",
-                             "triton_launch.py")
+                             "triton_launch.py", "triton_hopper.py", "triton_hopper_launch.py")
 
 
 def test_the_root_imports_nothing():

@@ -12,6 +12,9 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
+
+from support.warp_specialised import specialised
 
 EXECUTOR = Path(os.environ.get("LITEATTENTION_PTX") or Path(__file__).resolve().parents[3] / "shared" / "ptx")
 
@@ -54,7 +57,9 @@ def executor() -> type:
         def __call__(self, *launch):
             given = zip(self.src.fn.arg_names, launch[-len(self.src.fn.arg_names):], strict=True)
             self.gpu.launched[self.compiled.metadata.name] = {name: getattr(x, "base", x) for name, x in given}
-            super().__call__(*launch)
+            branching = "setmaxnreg" in self.compiled.asm["ptx"]
+            with specialised(gpu.ptxemu) if branching else contextlib.nullcontext():
+                super().__call__(*launch)
 
     class GPU(gpu.EmulatedGPU):
         def __enter__(self):
@@ -82,16 +87,19 @@ def _without_assembler(*compiling) -> tuple[str, str] | None:
 
 
 @contextlib.contextmanager
-def as_on(arch: str):
-    """The pack takes CPU tensors for those of a GPU of this architecture."""
+def as_on(arch: str, hopper: bool = False):
+    """The pack takes CPU tensors for those of a GPU of this architecture; with `hopper`, as if its user had asked for
+    that kernel."""
     verdict = SimpleNamespace(usable=True, reason="", pooled=True)
-    changed = {"architecture": lambda device: arch, "triton_verdict": lambda device: verdict}
+    changed = {"architecture": lambda device: arch, **dict.fromkeys(("triton_verdict", "hopper_verdict"),
+                                                                     lambda device: verdict)}
     saved = [(module, name, getattr(module, name)) for key, module in list(sys.modules.items()) for name in changed
              if key.startswith("liteattention.kernels") and hasattr(module, name)]
     for module, name, _ in saved:
         setattr(module, name, changed[name])
     try:
-        yield
+        with mock.patch.dict(os.environ, LITEATTENTION_HOPPER=str(int(hopper))):
+            yield
     finally:
         for module, name, was in saved:
             setattr(module, name, was)

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.variants import DISASSEMBLED, SHARED_LIMIT, Variant, default_variants
+from support.variants import DISASSEMBLED, HOPPER, SHARED_LIMIT, Variant, default_variants
 
 PINS = Path(__file__).resolve().parent.parent / "static_pins.json"
 REPIN = "python benchmarks/static.py --pin"
 
-EXACT = ("launch", "spill", "atomics", "tensor", "notes", "copies", "exp2", "loop_spill")
+EXACT = ("launch", "spill", "atomics", "tensor", "notes", "copies", "exp2", "loop_spill", "overlapped")
 """Figures that any change of is a finding: for better or worse, the kernel has become another one."""
 GROWTH = {"loop": (0.02, 0), "registers": (0.0, 8), "shared": (0.0, 0)}
 """Figures that may fall; and rise by this share of the pin and this number. Registers are handed out by eights."""
@@ -20,6 +20,9 @@ TWO_PROGRAMS = 128
 KEPT = (*EXACT, *GROWTH, "instructions", "shared_reads")
 """What is written into the file. The last two are compared with nothing."""
 
+OVERLAPPED = 64
+"""Exponentials of a thread for one tile of scores. The kernel for Hopper computes them while a product is under way, or
+it has no advantage."""
 SPILL, LOOP_SPILL = 128, 12
 """Bytes that a kernel may spill if the node's defaults do not launch it, and loads and stores of them in the main loop.
 Such are float32, three TF32 products whose operands leave no register free, and head_dim 96."""
@@ -28,7 +31,7 @@ Such are float32, three TF32 products whose operands leave no register free, and
 def limits(variant: Variant, row: dict) -> list[str]:
     """What is wrong with a compiled kernel whatever its pin says."""
     found = []
-    by_default = variant in default_variants(variant.arch)
+    by_default = variant.kernel in HOPPER or variant in default_variants(variant.arch)
     for figure, most in (("spill", 0 if by_default else SPILL), ("loop_spill", 0 if by_default else LOOP_SPILL)):
         if row.get(figure, 0) > most:
             found.append(f"{figure} is {row[figure]}, at most {most}")
@@ -41,6 +44,8 @@ def limits(variant: Variant, row: dict) -> list[str]:
             found.append("there is no loop with tensor instructions")
         elif not row["copies"]:
             found.append("copies is 0: the main loop waits for every tile of k and v")
+    if variant.kernel.startswith("hopper") and (n := row.get("overlapped") or 0) < OVERLAPPED:
+        found.append(f"{n} exponentials are computed while a product is under way, at least {OVERLAPPED} should be")
     return [f"{variant.name}: {text}" for text in found]
 
 

@@ -26,11 +26,13 @@ SERIALISED = re.compile(r"\((C75(?:0[1-9]|1\d))\)")
 
 @dataclass(frozen=True)
 class Instruction:
-    """opcode: with its modifiers, "HMMA.16816.F32.BF16". target: the label it may jump to."""
+    """opcode: with its modifiers, "HMMA.16816.F32.BF16". target: the label it may jump to. pending: of a wait for
+    wgmma, how many groups may still be under way after it."""
 
     opcode: str
     conditional: bool = False
     target: str | None = None
+    pending: int | None = None
 
     @property
     def name(self) -> str:
@@ -85,7 +87,8 @@ def _instruction(predicate: str | None, opcode: str, rest: str) -> Instruction:
     jumps = name in ("BRA", "CALL", "JMP") and target is not None and not target[1].startswith("$")
     own = name == "BRA" and (opcode.startswith(("BRA.U", "BRA.DIV")) or re.match(r"\s*!?U?P\d", rest) is not None)
     conditional = own or (predicate is not None and predicate.lstrip("!") not in ("PT", "UPT"))
-    return Instruction(opcode, conditional, target[1] if jumps else None)
+    pending = re.search(r"gsb0, (0x[0-9a-f]+)", rest) if opcode.startswith("WARPGROUP.DEPBAR") else None
+    return Instruction(opcode, conditional, target[1] if jumps else None, int(pending[1], 16) if pending else None)
 
 
 def loops(code: Code) -> list[list[int]]:
@@ -162,6 +165,16 @@ def main_loop(code: Code) -> list[Instruction] | None:
     return best
 
 
+def overlapped(loop: list[Instruction]) -> int | None:
+    """Exponentials between the wait for one product and that for the product issued after it, which is then computed
+    meanwhile; None without such a pair of waits."""
+    waits = [(i, x.pending) for i, x in enumerate(loop) if x.pending is not None]
+    for (first, more), (second, none) in zip(waits, waits[1:], strict=False):
+        if more and not none:
+            return sum(x.name == "MUFU" for x in loop[first:second])
+    return None
+
+
 def disassemble(cubin: bytes) -> str:
     """Text of a cubin by Triton's own disassembler."""
     import triton
@@ -199,7 +212,8 @@ def nvidia_metrics(code: Code, said: str, shared: int) -> dict:
     """The figures of one kernel that the gate pins, and `opcodes`: the main loop's instructions by name.
 
     `loop`, `tensor`, `copies`, `exp2` (and other special functions), `shared_reads` (LDSM and LDS), `barriers` and
-    `loop_spill` (STL and LDL) are those of the main loop, `atomics` and `instructions` those of the whole kernel.
+    `loop_spill` (STL and LDL) are those of the main loop, `atomics` and `instructions` those of the whole kernel;
+    `overlapped`: see there, missing where that is None.
 
     Args:
         said: what `ptxas -v` wrote on it.
@@ -211,6 +225,8 @@ def nvidia_metrics(code: Code, said: str, shared: int) -> dict:
     if loop is None:
         return row
     names = Counter(x.name for x in loop)
+    if (n := overlapped(loop)) is not None:
+        row["overlapped"] = n
     return {**row, "loop": len(loop), "tensor": tensor_text(loop), "copies": sum(names[x] for x in COPIES),
             "exp2": names["MUFU"], "shared_reads": names["LDSM"] + names["LDS"], "barriers": names["BAR"],
             "loop_spill": names["STL"] + names["LDL"], "opcodes": dict(sorted(names.items()))}

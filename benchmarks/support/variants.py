@@ -27,6 +27,8 @@ KERNELS = {"attention": "attention_kernel", "tile lists": "tile_list_kernel", "p
            "pooled attention": "pooled_attention_kernel", "channel sum": "channel_sum_kernel",
            "balance": "balance_kernel", "quantize": "quantize_kernel"}
 """By what is printed: their names in `triton_launch`."""
+HOPPER = {"hopper": "hopper_attention_kernel", "hopper reading": "hopper_attention_kernel", "pack": "pack_kernel"}
+"""The same of those in `triton_hopper`."""
 
 ONE_OF_EACH_KIND = ("sm_89", "sm_90")
 """mma.sync and wgmma. What deviates from the defaults is compiled at each push for these alone."""
@@ -34,7 +36,7 @@ ONE_OF_EACH_KIND = ("sm_89", "sm_90")
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel, a key of KERNELS, as it is launched for one form of call."""
+    """One kernel, a key of KERNELS or HOPPER, as it is launched for one form of call."""
 
     arch: str
     form: Form
@@ -47,9 +49,18 @@ class Variant:
 
 
 def variants(arch: str) -> list[Variant]:
-    """What is pinned for one architecture: every kernel of default forms, the attention kernel of near ones."""
+    """What is pinned for one architecture: every kernel of default forms, the attention kernels of near ones."""
     near = [Variant(arch, form) for form in forms.near_defaults(arch)]
-    return list(dict.fromkeys([*default_variants(arch), *near]))
+    return list(dict.fromkeys([*default_variants(arch), *near, *_hopper_variants(arch)]))
+
+
+def _hopper_variants(arch: str) -> list[Variant]:
+    """The kernel for Hopper in the forms near the defaults that it takes; and of the default one, what else it has."""
+    from liteattention.kernels.triton_hopper_launch import serves_hopper
+
+    taken = [form for form in forms.near_defaults(arch) if serves_hopper(arch, form.head_dim, form.dtype, form.int8)]
+    return [*(Variant(arch, form, "hopper") for form in taken),
+            *(Variant(arch, form, kernel) for form in taken[:1] for kernel in ("hopper reading", "pack"))]
 
 
 def default_variants(arch: str) -> list[Variant]:
@@ -95,9 +106,7 @@ def compile_variant(variant: Variant, config=None):
     import triton
     from offline_gpu import OfflineGPU
 
-    from liteattention.kernels import triton_launch
-
-    kernel = getattr(triton_launch, KERNELS[variant.kernel])
+    kernel = getattr(*_kernels()[variant.kernel])
     said = _Messages()
     # A cache of its own: what another version of the kernel left in the user's must not stand in for this one.
     with OfflineGPU(variant.arch) as gpu, _only(kernel, variant.arch), triton.knobs.nvidia.scope(), \
@@ -139,14 +148,28 @@ def _only(kernel, arch: str) -> Iterator[None]:
     """The launcher takes its tensors' device for a GPU of this architecture and launches one kernel alone."""
     from liteattention.kernels import triton_launch
 
-    changed = {name: _NotLaunched() for name in KERNELS.values() if getattr(triton_launch, name) is not kernel}
-    changed["architecture"] = lambda device: arch
-    before = {name: getattr(triton_launch, name) for name in changed}
-    vars(triton_launch).update(changed)
+    changed = {place: _NotLaunched() for place in _kernels().values() if getattr(*place) is not kernel}
+    changed[triton_launch, "architecture"] = lambda device: arch
+    before = {place: getattr(*place) for place in changed}
+    for place, value in changed.items():
+        setattr(*place, value)
     try:
         yield
     finally:
-        vars(triton_launch).update(before)
+        for place, value in before.items():
+            setattr(*place, value)
+
+
+def _kernels() -> dict[str, tuple]:
+    """Module and name there of each kernel."""
+    from liteattention.kernels import triton_launch
+
+    places = {kernel: (triton_launch, name) for kernel, name in KERNELS.items()}
+    with contextlib.suppress(ImportError):  # a Triton without Gluon, or with another
+        from liteattention.kernels import triton_hopper
+
+        places |= {kernel: (triton_hopper, name) for kernel, name in HOPPER.items()}
+    return places
 
 
 def _call(variant: Variant, config) -> None:
@@ -160,6 +183,7 @@ def _call(variant: Variant, config) -> None:
     # [B, N, H, D] memory seen as [B, H, N, D], as models hand q, k, v over; two heads, so that no stride is 1.
     q, k, v, out = (torch.empty(1, tokens, 2, form.head_dim, dtype=form.dtype).transpose(1, 2) for _ in range(4))
     triton_launch.triton_attention(
-        q, k, v, out, None, [(SkipMask.full(1, 2, tokens), 0)], [False], -10.0, True, None, form.head_dim ** -0.5,
+        q, k, v, out, None, [(SkipMask.full(1, 2, tokens), 0)], [False], -10.0,
+        variant.kernel != "hopper reading", None, form.head_dim ** -0.5,
         Workspace(), torch.zeros(32, dtype=torch.int64), mass=form.criterion == "mass", int8=form.int8,
-        pool_skipped=form.pool_skipped, config=config)
+        pool_skipped=form.pool_skipped, config=config, hopper=variant.kernel in HOPPER)

@@ -10,6 +10,7 @@ from support import pins
 from support.compiling import compile_all
 from support.variants import (
     AMD,
+    HOPPER,
     KERNELS,
     NVIDIA,
     SHARED_LIMIT,
@@ -52,7 +53,7 @@ def test_pins_gate_and_self_test_hold_what_is_launched_and_nothing_else(static):
         assert {v.form for v in default_variants(arch)} == set(forms.default_forms(arch))
         assert {v.kernel for v in variants(arch)} >= set(KERNELS) - {"channel sum", "balance", "quantize"}
     assert set(gate_variants()) < {variant for arch in NVIDIA for variant in variants(arch)}
-    assert {v.kernel for v in gate_variants()} == set(KERNELS)
+    assert {v.kernel for v in gate_variants()} == {*KERNELS, *HOPPER}
 
 
 def test_the_table_knows_the_nodes_defaults_and_everything_that_is_served():
@@ -140,6 +141,18 @@ def test_limits_know_what_the_defaults_launch():
     assert checked({"spill": 0, "shared": 0, "atomics": 0, "notes": ""}, "3.7.0", lists) == []
     only_assembled = default_variants("sm_103")[0]
     assert checked({"spill": 0, "shared": 0, "notes": ""}, "3.7.0", only_assembled) == []
+
+
+@pytest.mark.parametrize("overlapped", [None, 2])
+def test_the_kernel_for_hopper_overlaps_products_and_exponentials(overlapped):
+    variant = next(v for v in variants("sm_90") if v.kernel == "hopper reading")
+    row = {**ROW, "copies": 0, "overlapped": 66}
+    assert checked(row, "3.7.0", variant) == []
+    row = {**row, "overlapped": overlapped, "spill": 8}
+    assert checked(row, "3.7.0", variant) == [
+        f"{variant.name}: spill is 8, at most 0",
+        f"{variant.name}: {overlapped or 0} exponentials are computed while a product is under way, "
+        "at least 64 should be"]
 
 
 def test_another_triton_leaves_the_pins_alone():

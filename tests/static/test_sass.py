@@ -1,7 +1,16 @@
 """The parser of machine code, on literal snippets of what `nvdisasm -c` prints."""
 
 import pytest
-from support.sass import amd_metrics, assembler_report, loops, main_loop, nvidia_metrics, parse, tensor_text
+from support.sass import (
+    amd_metrics,
+    assembler_report,
+    loops,
+    main_loop,
+    nvidia_metrics,
+    overlapped,
+    parse,
+    tensor_text,
+)
 
 SAID = """ptxas info    : Compiling entry function 'kernel' for 'sm_89'
     0 bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
@@ -78,6 +87,17 @@ def test_tensor_instructions_are_named_by_their_work():
                   "HGMMA.64x128x16.F32.BF16.tnspB R24, R4, gdesc[UR8]")
     assert tensor_text(parsed.instructions) == (
         "2 HGMMA.64x128x16.F32.BF16 + 1 HMMA.16816.F16 + 1 IGMMA.64x128x32.S8.S8")
+
+
+def test_exponentials_that_a_product_runs_beside():
+    begins, ends = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+    def counted(*lines):
+        return overlapped(code(*lines).instructions)
+
+    assert counted("MUFU.EX2 R1, R1", begins, "MUFU.EX2 R1, R1", "MUFU.EX2 R1, R1", ends, "MUFU.EX2 R1, R1") == 2
+    assert counted(begins, ends, "MUFU.EX2 R1, R1") == 0
+    assert counted("MUFU.EX2 R1, R1", ends, "MUFU.EX2 R1, R1", ends) is None
 
 
 def test_what_is_an_atomic():
