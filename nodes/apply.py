@@ -30,8 +30,8 @@ def rule_input() -> io.DynamicCombo.Input:
             io.DynamicCombo.Option(BUDGET_RULE, [io.Float.Input(
                 "error_budget", default=BUDGET_DEFAULT, min=BUDGET_MIN, max=BUDGET_MAX, step=0.01,
                 tooltip="The largest share of its attention that a token may lose when tiles are chosen. 0.1: careful. "
-                        "0.3: the default. 1: bold, a visible change. Towards 1 is faster and further from the dense "
-                        "video. Details flicker or vanish? Halve it.")]),
+                        "0.3: the default. Above, the change can be visible, and fewer steps can be closer to the "
+                        "dense video. Details flicker or vanish? Halve it.")]),
             io.DynamicCombo.Option(THRESHOLD_RULE, [io.Float.Input(
                 "threshold", default=THRESHOLD_DEFAULT, min=THRESHOLD_MIN, max=THRESHOLD_MAX, step=0.5,
                 tooltip="Skip a tile once all its scores stay below the strongest so far by this power of two: -10 is "

@@ -96,7 +96,8 @@ class LiteAttentionCompare(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="strip", tooltip="Dense, lite, difference; PSNR and SSIM below."),
-                io.String.Output(display_name="summary", tooltip="PSNR and SSIM of the clip and of its worst frame."),
+                io.String.Output(display_name="summary",
+                                 tooltip="PSNR and SSIM, also of the worst frame; PSNR of the motion."),
                 io.String.Output(display_name="stats", tooltip="Every number as JSON."),
             ],
             is_output_node=True,

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .canvas import FAINT, GRID, ORANGE, SKY, Box, Canvas, ticks
+from .temporal import motion
 
 WIDTH = 1600
 GAP, TITLE, LABEL = 16, 34, 27
@@ -75,7 +76,8 @@ def compare_clips(dense: Tensor, lite: Tensor, frames: int = 4, gain: float = 8.
     stats = {"frames": len(psnr), "psnr_db": -10 * math.log10(mean_error) if mean_error else None,
              "psnr_db_worst": min(finite) if finite else None, "ssim": float(np.mean(ssim)), "ssim_worst": min(ssim),
              "worst_frame": int(np.argmin([math.inf if v is None else v for v in psnr])) if finite else None,
-             "identical_frames": psnr.count(None), "psnr_db_per_frame": psnr, "ssim_per_frame": ssim}
+             "identical_frames": psnr.count(None), "psnr_db_per_frame": psnr, "ssim_per_frame": ssim,
+             **motion(dense, lite)}
     count = min(max(1, frames), len(psnr))
     shown = [round(i * (len(psnr) - 1) / max(1, count - 1)) for i in range(count)]
     return _draw(dense, lite, shown, gain, stats), _summary(stats), stats
@@ -87,8 +89,18 @@ def _summary(stats: dict) -> str:
     return (f"PSNR {stats['psnr_db']:.1f} dB, SSIM {stats['ssim']:.4f} over {stats['frames']} frames.\n"
             f"Worst frame: {stats['worst_frame']} with {stats['psnr_db_worst']:.1f} dB; "
             f"lowest SSIM {stats['ssim_worst']:.4f}.\n"
+            + _motion(stats)
             + (f"{stats['identical_frames']} frames are equal.\n" if stats["identical_frames"] else "")
             + "Dense is no truth: another seed or precision also gives another video. Look at the frames.")
+
+
+def _motion(stats: dict) -> str:
+    """One line about the differences between neighbouring frames; none for a single frame."""
+    if stats["motion_psnr_db"] is None:
+        return ""
+    quiet = stats["quiet_motion"]
+    return f"Motion from frame to frame: {stats['motion_psnr_db']:.1f} dB" + (
+        "" if quiet is None else f"; {quiet:+.0%} where the dense clip is quietest") + ".\n"
 
 
 def _draw(dense: Tensor, lite: Tensor, shown: Sequence[int], gain: float, stats: dict) -> Tensor:

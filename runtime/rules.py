@@ -12,6 +12,9 @@ from .masks import LayerKey
 BUDGET_MIN, BUDGET_MAX, BUDGET_DEFAULT = 0.01, 1.0, 0.3
 THRESHOLD_MIN, THRESHOLD_MAX, THRESHOLD_DEFAULT = -30.0, 0.0, -10.0
 THRESHOLD_STEP = 2.0
+BUDGET_CROSSOVER, THRESHOLD_CROSSOVER = 0.3, -3.0
+"""Beyond, a dense run of fewer steps can be closer to the dense video (docs/quality.md), and advice says so."""
+_FEWER_STEPS = "; fewer steps can be closer to dense"
 
 
 class SkipTest(NamedTuple):
@@ -61,7 +64,8 @@ class ErrorBudget:
         return SkipTest(math.log2(self.share / tiles(seqlen_k)), "mass")
 
     def bolder(self) -> str | None:
-        return None if self.share >= BUDGET_MAX else f"raise error_budget (now {self.share:g})"
+        beyond = _FEWER_STEPS if self.share >= BUDGET_CROSSOVER else ""
+        return None if self.share >= BUDGET_MAX else f"raise error_budget (now {self.share:g}{beyond})"
 
 
 @dataclass(frozen=True)
@@ -92,4 +96,5 @@ class Threshold:
 
     def bolder(self) -> str | None:
         higher = min(THRESHOLD_MAX, self.log2 + THRESHOLD_STEP)
-        return None if higher == self.log2 else f"raise threshold to {higher:g} (now {self.log2:g})"
+        beyond = _FEWER_STEPS if higher > THRESHOLD_CROSSOVER else ""
+        return None if higher == self.log2 else f"raise threshold to {higher:g} (now {self.log2:g}{beyond})"

@@ -217,7 +217,7 @@ def advise(summary: RunSummary, rule: Rule, faster_dense: str = "") -> list[str]
         return []
     found = []
     bolder = f"{rule.bolder()} to skip more, and look at the video" if rule.bolder() else \
-        "this video has little to skip"
+        "this video has little to skip; fewer steps save more"
     declined = {reason: count for reason, count in summary.dense_calls.items() if not reason.expected}
     if sum(declined.values()) > summary.sparse_calls:
         main = max(declined, key=lambda reason: declined[reason])

@@ -126,9 +126,10 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
 
     from liteattention.benchmarks.demo_pipeline.clips import psnr, side_by_side
     from liteattention.demo.pixels import decode
+    from liteattention.report.temporal import motion
 
     clips = [decode(result.latent) for result in (dense, lite)]
-    quality = psnr(*clips)
+    quality, moved = psnr(*clips), motion(*clips)
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "demo.webp"
     s = lite.summary
@@ -138,7 +139,7 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__, "python": platform.python_version(), "command": command(args),
         "settings": s["settings"], "steps": args.steps, "tokens": s["tokens"], "backend": s["backend"],
-        "skipped": s["skipped"], "skipped_per_step": s["skipped_per_step"], "psnr_db": quality,
+        "skipped": s["skipped"], "skipped_per_step": s["skipped_per_step"], "psnr_db": quality, **moved,
         "mask_bytes": s["mask_bytes"], "sparse_calls": s["sparse_calls"], "dense_calls": s["dense_calls"],
     }
     if args.json:
@@ -149,6 +150,7 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
         ("engine", engine), ("steps, tokens", f"{args.steps}, {s['tokens']}"), ("backend", s["backend"]),
         ("this run", s["plan"]), ("rule", s["rule"]), ("skipped per step", " ".join(shares)),
         ("skipped, whole run", f"{s['skipped']:.1%}"), ("PSNR against dense", f"{quality:.1f} dB"),
+        ("motion against dense", "equal" if moved["motion_psnr_db"] is None else f"{moved['motion_psnr_db']:.1f} dB"),
         ("skip masks", f"{s['mask_bytes']} bytes"), ("side by side", str(picture)),
     ]
     width = max(len(name) for name, _ in rows)

@@ -1,4 +1,4 @@
-"""Euler sampling of a flow model with classifier-free guidance, step for step as ComfyUI's KSampler does it."""
+"""Euler and Heun sampling of a flow model with classifier-free guidance, step for step as ComfyUI does it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def comfy_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+@torch.inference_mode()
 def euler_flow(model: TinyWan, noise: Tensor, sigmas: Tensor, positive: Tensor, negative: Tensor, cfg: float, *,
+               heun: bool = False,
                on_evaluation: Callable[[int, float, tuple[int, ...], list[tuple[str, int]]], Attention | None]
                | None = None,
                callback: Callable[[int, Tensor, Tensor, int], None] | None = None) -> Tensor:
@@ -40,28 +42,35 @@ def euler_flow(model: TinyWan, noise: Tensor, sigmas: Tensor, positive: Tensor, 
         sigmas: [steps + 1], falling to 0.
         positive, negative: text tokens [1, L, text_dim] of equal length.
         cfg: guidance; at 1 only the positive pass runs.
+        heun: correct each step but the last by a second evaluation at its end.
         on_evaluation: called before every model evaluation with (step, sigma, shape of one latent batch, rows), rows
             naming each batch row as (conditioning, row of the latent batch); may return the attention to use.
-        callback: called after every evaluation with (step, denoised, x, steps).
+        callback: called at the end of every step with (step, denoised, x, steps).
     """
     names = ROWS if cfg != 1 else ROWS[1:]
     context = torch.cat([{"negative": negative, "positive": positive}[name].expand(noise.shape[0], -1, -1)
                          for name in names])
     rows = [(name, row) for name in names for row in range(noise.shape[0])]
-    x = noise * sigmas[0]
     steps = len(sigmas) - 1
-    for step in range(steps):
-        sigma = sigmas[step]
+
+    def denoise(x: Tensor, step: int, sigma: Tensor) -> Tensor:
         options = {}
         if on_evaluation is not None:
             attention = on_evaluation(step, float(sigma), tuple(x.shape), rows)
             options = {"attention": attention} if attention is not None else {}
         flow = model(x.repeat(len(names), 1, 1, 1, 1), sigma.expand(len(rows)) * 1000, context, **options)
         predictions = [x - sigma * part for part in flow.chunk(len(names))]
-        denoised = predictions[-1]
-        if len(names) == 2:
-            denoised = predictions[0] + cfg * (predictions[1] - predictions[0])
+        return predictions[-1] if len(names) == 1 else predictions[0] + cfg * (predictions[1] - predictions[0])
+
+    x = noise * sigmas[0]
+    for step in range(steps):
+        sigma, after = sigmas[step], sigmas[step + 1]
+        denoised = denoise(x, step, sigma)
+        slope = (x - denoised) / sigma
+        if heun and after > 0:
+            end = x + slope * (after - sigma)
+            slope = (slope + (end - denoise(end, step, after)) / after) / 2
         if callback is not None:
             callback(step, denoised, x, steps)
-        x = x + (x - denoised) / sigma * (sigmas[step + 1] - sigma)
+        x = x + slope * (after - sigma)
     return x

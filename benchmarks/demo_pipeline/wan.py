@@ -1,4 +1,4 @@
-"""A small, readable Wan 2.1 text-to-video transformer, inference only, whose self-attention can be replaced.
+"""A small, readable Wan 2.1 text-to-video transformer whose self-attention can be replaced.
 
 Architecture: Wan: Open and Advanced Large-Scale Video Generative Models, arXiv 2503.20314, section 4.2. Parameter
 names are those of the released checkpoints, so that a bare state dict loads as it is.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,15 +40,15 @@ class WanConfig:
         return self.dim // self.head_dim
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> WanConfig:
-        """Sizes read off a bare Wan state dict."""
+    def from_state_dict(cls, state: Mapping[str, Tensor], head_dim: int = 128) -> WanConfig:
+        """Sizes read off a bare Wan state dict, which does not tell the size of a head."""
         patch = state["patch_embedding.weight"]
         ffn = state["blocks.0.ffn.0.weight"]
         return cls(
             dim=patch.shape[0], num_layers=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
             ffn_dim=ffn.shape[0], freq_dim=state["time_embedding.0.weight"].shape[1],
             text_dim=state["text_embedding.0.weight"].shape[1], channels=patch.shape[1],
-            patch_size=tuple(patch.shape[2:]))
+            head_dim=head_dim, patch_size=tuple(patch.shape[2:]))
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, block_index: int = 0) -> Tensor:
@@ -161,7 +162,6 @@ class TinyWan(nn.Module):
         """Tokens of a latent [B, C, T, h, w]."""
         return math.prod(self.grid(latent_shape))
 
-    @torch.inference_mode()
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, attention: Attention = dense_attention) -> Tensor:
         """The flow prediction [B, C, T, h, w].
 
@@ -191,9 +191,11 @@ class TinyWan(nn.Module):
 
 
 def load_tiny_wan(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TinyWan:
-    """The model from a bare Wan state dict in safetensors."""
+    """The model from a bare Wan state dict in safetensors; its metadata may name a head_dim other than 128."""
+    with safe_open(path, "pt") as file:
+        head_dim = int((file.metadata() or {}).get("head_dim", 128))
     state = load_file(path)
-    model = TinyWan(WanConfig.from_state_dict(state))
+    model = TinyWan(WanConfig.from_state_dict(state, head_dim))
     model.load_state_dict(state)
     return model.to(device=device, dtype=dtype).eval()
 

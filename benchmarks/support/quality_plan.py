@@ -1,82 +1,74 @@
-"""Which settings the quality lab runs, on which cases, and in which order."""
+"""Which settings the quality lab runs, on which cases, and in which order.
+
+Decided before anything ran: a candidate of `quality_candidates` goes into the pack if, against error budgets that skip
+as much, no case of the choosing half is more than 0.3 dB worse, the case with the least lead over Sol-Attn is at least
+1 dB better, and the reporting half confirms both. What has lost one case is not run on; docs/quality.md names it.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Callable
 
-from .quality_methods import Setting
-from .quality_runs import Case
+from .quality_candidates import BY_ERROR, CANDIDATES, PARTS
+from .quality_cases import CHOOSING, Case
+from .quality_runs import Setting
 
-KERNEL = {"kind": "kernel", "tile": 128}
-LITE = Setting("LiteAttention, tiles of 64", 0.0, everywhere=True)
-LITE_128 = Setting("LiteAttention, tiles of 128", 0.0, everywhere=True, **KERNEL)
-SOL = Setting("Sol-Attn", 0.0, kind="sol", everywhere=True)
-ORACLE = Setting("oracle", 0.0, kind="oracle", pool_skipped=False)
-BUDGETS = (0.02, 0.05, 0.1, 0.3, 0.5, 1.0)
+LITE, PEER, FEWER, THRESHOLD, DONOR = "error budget", "Sol-Attn", "fewer steps", "threshold", "donor's masks"
+BUDGETS, BOLDER = (0.3, 0.6, 1.0), (2.0, 4.0)
+"""The node offers those of the first kind, the others are of the method."""
 FEW = 8
-"""Steps up to which the plan is that of distilled models."""
-THRESHOLDS = (-14.0, -10.0, -6.0, -3.0)
+"""Steps up to which runs are those of distilled models: these need bolder settings to skip as much."""
+TAUS, MORE_TAUS = (-0.8, 0.1), (-1.8,)
+THRESHOLDS = (-3.0, -1.5)
+FEWER_SHARES = (0.9, 0.75, 0.55)
+"""Of the steps, for the dense runs of fewer steps."""
 
 
-def curve(setting: Setting, *levels: float, **changes: object) -> list[Setting]:
-    """The setting at each level."""
-    return [replace(setting, level=level, **changes) for level in levels]
+def boldness(case: Case) -> tuple[float, float]:
+    """Two budgets for a candidate, at which error budgets are measured, too: between two points the straight line is
+    above their curve."""
+    return (1.0, 2.0) if case.steps <= FEW else (0.6, 1.0)
 
 
-def curves() -> list[Setting]:
-    """Everything that runs, what matters most first. Levels are log2 thresholds, for Sol-Attn its tau."""
-    alone = {"everywhere": False}
-    return [
-        *curve(SOL, -2.0, -1.2, -0.4, 0.4, 1.1, 1.8, 2.6),
-        *curve(LITE, -8.0, -7.0, -6.0, -5.0, -4.0, -3.25, -2.5, -1.75),
-        *curve(LITE_128, -6.0, -4.5, -3.5, -2.5, -1.75),
-        *curve(replace(LITE_128, curve="max test, tiles of 128", criterion="max", pool_skipped=False),
-               *THRESHOLDS, **alone),
-        *curve(replace(LITE_128, curve="max + pooled, tiles of 128", criterion="max"), *THRESHOLDS, **alone),
-        *curve(replace(LITE, curve="max + pooled", criterion="max"), -6.0, -3.5, **alone),
-        *curve(replace(LITE, curve="no covariance", covariance=False), -6.0, -4.5, **alone),
-        *curve(replace(LITE, curve="no weighting", weighted=False), -7.0, -5.5, **alone),
-        *curve(replace(LITE, curve="mass test alone", pool_skipped=False), -7.0, -5.5, **alone),
-        *curve(replace(ORACLE, curve="oracle + pooled", pool_skipped=True), -6.5, -5.0, **alone),
-        *curve(replace(ORACLE, curve="oracle by residual", pool_skipped=True, criterion="residual"), -6.5, -5.0,
-               **alone),
-        *curve(ORACLE, -7.5, -6.0, **alone),
-        *curve(replace(LITE, curve="cubes 1x8x8", cubes=(1, 8, 8)), -6.0, -4.5, **alone),
-        *curve(replace(LITE, curve="cubes 2x8x8", cubes=(2, 8, 8)), -6.0, -4.5, **alone),
-        *curve(replace(LITE, curve="refresh every 8", refresh=8), -5.5, -4.0, **alone),
-        *curve(replace(LITE, curve="refresh every 16", refresh=16), -5.5, -4.0, **alone),
-    ]
+def compared(case: Case) -> list[Setting]:
+    """Error budgets and fewer steps."""
+    fewer = sorted({round(case.steps * share) for share in FEWER_SHARES} - {case.steps}, reverse=True)
+    budgets = (*BUDGETS, *BOLDER[:case.steps <= FEW])
+    return [*(Setting(LITE, "budget", x) for x in budgets), *(Setting(FEWER, "dense", x) for x in fewer)]
 
 
-def few_steps(steps: int) -> list[Setting]:
-    """Runs of distilled models' lengths: what warm-up costs, and what a second sampler that starts anew."""
-    levels = (-6.0, -4.5, -3.5, -2.5)
-    return [*curve(SOL, -1.2, -0.4, 0.4, 1.1, 1.8), *curve(LITE_128, *levels), *curve(LITE, *levels),
-            *curve(replace(LITE_128, curve="warm-up 2, tiles of 128", warmup=2), *levels),
-            *curve(replace(LITE_128, curve="two runs, tiles of 128", restart=steps // 2), *levels)]
+def peer(case: Case) -> list[Setting]:
+    """Sol-Attn."""
+    return [Setting(PEER, "sol", x) for x in TAUS]
 
 
-def budgets(tokens: int) -> list[Setting]:
-    """Error budgets on the pack's own kernels: the threshold of each is its share of the key tiles.
-
-    Args:
-        tokens: of the case they run on.
-    """
-    return [replace(LITE_128, curve=f"budget {budget:g}", everywhere=False,
-                    level=math.log2(budget / math.ceil(tokens / LITE_128.tile))) for budget in BUDGETS]
+def longer(case: Case) -> list[Setting]:
+    """Further points of both curves."""
+    return [*(Setting(PEER, "sol", x) for x in MORE_TAUS),
+            *(Setting(LITE, "budget", x) for x in BOLDER[case.steps <= FEW:][:1])]
 
 
-def quick() -> list[Setting]:
-    """One point of each kind, at levels that skip something of a small clip."""
-    return [replace(SOL, level=0.5), replace(LITE, level=-2.0), replace(LITE_128, level=-1.0),
-            replace(LITE, curve="cubes 1x8x8", cubes=(1, 8, 8), level=-2.0), replace(ORACLE, level=-2.0),
-            replace(LITE, curve="refresh every 2", refresh=2, level=-2.0)]
+def tried(cases: list[Case], bold: int) -> list[tuple[Case, Setting]]:
+    """Candidates at one of two budgets, on the choosing half, one candidate after the other."""
+    return [(case, Setting(name, "simulation", (0.03, 0.06)[bold] if name == BY_ERROR else boldness(case)[bold]))
+            for name in CANDIDATES for case in cases if case.half == CHOOSING]
 
 
-def plan(cases: list[Case], settings: list[Setting]) -> list[tuple[Case, Setting]]:
-    """Pairs to run, what matters most first: the compared curves on two cases, the others, further cases."""
-    everywhere = [s for s in settings if s.everywhere]
-    others = [s for s in settings if not s.everywhere]
-    return [*((case, s) for case in cases[:2] for s in everywhere), *((cases[0], s) for s in others),
-            *((case, s) for case in cases[2:] for s in everywhere)]
+def donated(case: Case) -> list[Setting]:
+    """Masks of a donor, where the case has one."""
+    return [Setting(DONOR, "donor", x) for x in (0.3, 1.0) if case.donor]
+
+
+def others(case: Case) -> list[Setting]:
+    """The other rule on every case, and the method without each of its parts on the choosing half."""
+    return [*(Setting(THRESHOLD, "threshold", x) for x in THRESHOLDS),
+            *(Setting(name, "simulation", boldness(case)[0]) for name in PARTS if case.half == CHOOSING)]
+
+
+def plan(cases: list[Case]) -> list[tuple[Case, Setting]]:
+    """Pairs to run, what matters most first."""
+    def each(part: Callable[[Case], list[Setting]]) -> list[tuple[Case, Setting]]:
+        return [(case, setting) for case in cases for setting in part(case)]
+
+    return [*each(compared), *each(peer), *tried(cases, 0), *each(donated), *each(longer), *each(others),
+            *tried(cases, 1)]

@@ -1,122 +1,144 @@
-"""What the quality lab says in the end: the frontier, how LiteAttention stands against Sol-Attn, and the plot."""
+"""What the quality lab says in the end: tables of the least, the mean and the largest over cases, and the plot."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .quality_metrics import interpolate, mean_or_none
-from .quality_plan import FEW
+from .quality_candidates import CANDIDATES, PARTS
+from .quality_cases import CHOOSING, REPORTING
+from .quality_metrics import interpolate
+from .quality_plan import DONOR, FEWER, LITE, PEER, THRESHOLD
 
-SHARES = tuple(range(20, 80, 5))
+SHARES = (10, 20, 25, 30, 35, 40, 45)
 """Skipped shares in per cent at which curves are compared."""
-PEER, LITE = "Sol-Attn", "LiteAttention"
-POINTS = {"method": "method", "level": "level", "cases": "cases", "skipped": "skipped", "psnr_db": "PSNR dB",
-          "ssim": "SSIM", "error_mean": "rel. L2", "error_max": "largest", "dropped_mean": "dropped",
-          "dropped_q999": "99.9 %", "seconds": "seconds"}
+ATTENTION_SHARE = 0.6
+"""Of a step's time, for the comparison with fewer steps where the rest of a step counts."""
+ALLOWED_LOSS = 0.3
+"""dB by which a candidate may be below error budgets that skip as much."""
+HALVES = (CHOOSING, REPORTING)
 
 
-def points(rows: list[dict]) -> list[dict]:
-    """Rows of the same method and level as one, each figure the mean over its cases."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["level"]), []).append(row)
-    figures = [key for key in POINTS if key not in ("method", "level", "cases")]
-    return [{"method": method, "level": level, "cases": len(group),
-             **{key: sum(r[key] for r in group) / len(group) for key in figures}}
-            for (method, level), group in groups.items()]
+def cases_of(rows: Iterable[dict]) -> list[str]:
+    return list(dict.fromkeys(r["case"] for r in rows))
 
 
-def psnr_at(rows: list[dict], method: str, share: int) -> float | None:
-    """PSNR of a method at a skipped share (per cent): interpolated case by case, then the mean over all cases in
-    `rows`; None where a case's curve does not reach."""
-    cases = dict.fromkeys(r["case"] for r in rows if r["method"] == PEER) or dict.fromkeys(r["case"] for r in rows)
-    return mean_or_none([interpolate([(r["skipped"], r["psnr_db"]) for r in rows
-                                      if (r["case"], r["method"]) == (case, method)], share / 100) for case in cases])
+def at(rows: list[dict], case: str, method: str, share: float, key: str = "psnr_db") -> float | None:
+    """A method's figure at a skipped share (0..1) of one case, interpolated; None where its curve does not reach."""
+    points = [(r["skipped"], r[key]) for r in rows if (r["case"], r["method"]) == (case, method)]
+    return interpolate([p for p in points if p[1] is not None], share)
 
 
-def frontier(rows: list[dict]) -> list[dict]:
-    """One row per share in `SHARES`: the PSNR of each method, the best LiteAttention curve's and its lead over
-    Sol-Attn's in dB."""
-    methods = list(dict.fromkeys(r["method"] for r in rows))
-    found = []
-    for share in SHARES:
-        row = {"share": share, **{m: psnr_at(rows, m, share) for m in methods}}
-        own = [row[m] for m in methods if m.startswith(LITE) and row[m] is not None]
-        best, peer = max(own, default=None), row.get(PEER)
-        found.append({**row, "best": best, "lead_db": best - peer if best is not None and peer is not None else None})
-    return found
+def lead(rows: list[dict], case: str, share: float, method: str, over: str, key: str = "psnr_db",
+         over_share: float | None = None) -> float | None:
+    """How far one curve is above another at a share, in dB; None where one does not reach.
+
+    Args:
+        over_share: the share of the other one, where it differs.
+    """
+    own, other = at(rows, case, method, share, key), at(rows, case, over, share if over_share is None else over_share,
+                                                        key)
+    return None if own is None or other is None else own - other
 
 
-def frontier_columns(rows: list[dict]) -> dict[str, str]:
-    """Columns of the frontier's table: curves that run on every case and reach two points."""
-    counts: dict[str, set] = {}
-    for row in rows:
-        counts.setdefault(row["method"], set()).add(row["level"])
-    shown = [m for m, levels in counts.items() if m == PEER or m.startswith(LITE) and len(levels) > 1]
-    return {"share": "skipped %", **{m: m for m in shown}, "lead_db": "lead dB"}
+def has_lost(rows: list[dict], method: str) -> bool:
+    """Whether a candidate is too far below error budgets on one case to go on (see `quality_plan`)."""
+    leads = (lead(rows, r["case"], r["skipped"], method, LITE) for r in rows if r["method"] == method)
+    return method in CANDIDATES and any(value is not None and value < -ALLOWED_LOSS for value in leads)
 
 
-def verdict(found: list[dict]) -> str:
-    """How LiteAttention stands against Sol-Attn in one line."""
-    leads = {row["share"]: row["lead_db"] for row in found if row["lead_db"] is not None}
-    if not leads:
-        return f"No comparison with {PEER}: it is absent, or no share is reached by both curves."
-    worst = min(leads, key=leads.get)
-    text = " ".join(f"{share}%: {lead:+.1f}" for share, lead in leads.items())
-    return (f"The best LiteAttention curve against {PEER}'s, dB at a skipped share: {text}. "
-            f"Least {leads[worst]:+.1f} dB at {worst} %, mean {sum(leads.values()) / len(leads):+.1f} dB.")
+def spread(values: Iterable[float | None], form: str = ".1f") -> str:
+    """"least / mean / largest (cases)" of what is there."""
+    found = [v for v in values if v is not None]
+    if not found:
+        return ""
+    parts = (min(found), sum(found) / len(found), max(found))
+    return " / ".join(format(part, form) for part in parts) + f" ({len(found)})"
 
 
 def markdown(columns: list[str], rows: list[list[object]]) -> str:
-    """A table for the documentation; None is an empty cell."""
-    lines = [columns, ["---"] * len(columns), *([("" if cell is None else str(cell)) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """A table for the documentation."""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [columns, ["---"] * len(columns), *rows])
+
+
+def over_cases(rows: list[dict], figure: Callable[[str], float | None], form: str = ".1f") -> str:
+    return spread((figure(case) for case in cases_of(rows)), form)
 
 
 def frontier_section(rows: list[dict]) -> str:
-    """PSNR of the compared curves at each share."""
-    columns = [m for m in frontier_columns(rows) if m not in ("share", "lead_db")]
-    cells = [[f"{row['share']} %", *(None if row[m] is None else f"{row[m]:.1f}" for m in columns),
-              None if row["lead_db"] is None else f"{row['lead_db']:+.1f}"] for row in frontier(rows)]
-    return markdown(["skipped", *columns, "best LiteAttention against Sol-Attn"], cells)
+    """PSNR of Sol-Attn and of error budgets at each share, and the lead, on one half."""
+    return markdown(["skipped", "Sol-Attn, dB", "error budget, dB", "error budget above Sol-Attn, dB"], [
+        [f"{share} %", *(over_cases(rows, lambda case, m=m, s=share: at(rows, case, m, s / 100)) for m in (PEER, LITE)),
+         over_cases(rows, lambda case, s=share: lead(rows, case, s / 100, LITE, PEER), "+.1f")] for share in SHARES])
 
 
-def points_section(rows: list[dict], against: str | None = None) -> str:
-    """Every point of these rows.
+def fewer_section(rows: list[dict]) -> str:
+    """Error budgets above dense runs of fewer steps, at the same attention and at the same time."""
+    def line(share: float) -> list[str]:
+        equal = (lambda c: at(rows, c, FEWER, share), lambda c: at(rows, c, LITE, share))
+        leads = (lambda c: lead(rows, c, share, LITE, FEWER),
+                 lambda c: lead(rows, c, share, LITE, FEWER, over_share=ATTENTION_SHARE * share),
+                 lambda c: lead(rows, c, share, LITE, FEWER, "psnr_db_long"))
+        return [f"{share:.0%}".replace("%", " %"), *(over_cases(rows, f) for f in equal),
+                *(over_cases(rows, f, "+.1f") for f in leads)]
 
-    Args:
-        against: a method whose curve, at the same share and case, is put beside.
-    """
-    cells = []
-    order = list(dict.fromkeys(r["method"] for r in rows))
-    for p in sorted(points(rows), key=lambda p: (order.index(p["method"]), p["level"])):
-        line = [p["method"], f"{p['level']:.4g}", f"{p['skipped']:.1%}", f"{p['psnr_db']:.1f}", f"{p['ssim']:.3f}",
-                f"{p['error_mean']:.4f}", f"{p['dropped_mean']:.4f}"]
-        if against is not None:
-            cases = [r["case"] for r in rows if (r["method"], r["level"]) == (p["method"], p["level"])]
-            other = mean_or_none([interpolate([(r["skipped"], r["psnr_db"]) for r in rows
-                                               if (r["case"], r["method"]) == (c, against)], p["skipped"])
-                                  for c in cases])
-            line.append(None if other is None or p["method"] == against else f"{p['psnr_db'] - other:+.1f}")
-        cells.append(line)
-    columns = ["method", "level (log2)", "skipped", "PSNR dB", "SSIM", "rel. L2", "dropped"]
-    return markdown(columns + ([f"dB against {against}"] if against else []), cells)
+    return markdown(["attention saved", "fewer steps, dB", "error budget, dB", "error budget above fewer steps",
+                     f"where attention is {ATTENTION_SHARE:.0%} of a step".replace("%", " %"),
+                     "against the run of three times the steps"], [line(s / 100) for s in SHARES])
+
+
+def settings_section(rows: list[dict]) -> str:
+    """What each value of the two rules skips and costs."""
+    lines = []
+    for method in (LITE, THRESHOLD):
+        for level in sorted({r["level"] for r in rows if r["method"] == method}):
+            own = [r for r in rows if (r["method"], r["level"]) == (method, level)]
+            lines.append([f"{method} {level:g}", spread((100 * r["skipped"] for r in own), ".0f"),
+                          *(spread(r[key] for r in own) for key in ("psnr_db", "psnr_db_worst_frame",
+                                                                    "motion_psnr_db")),
+                          spread((None if r["quiet_motion"] is None else 100 * r["quiet_motion"] for r in own), "+.0f"),
+                          spread((lead(rows, r["case"], r["skipped"], method, FEWER) for r in own), "+.1f")])
+    return markdown(["setting", "skipped, %", "PSNR, dB", "worst frame, dB", "motion, dB", "quiet areas, %",
+                     "above fewer steps, dB"], lines)
+
+
+def against_section(rows: list[dict], methods: Iterable[str]) -> str:
+    """Each method at its own shares against error budgets at the same share."""
+    lines = []
+    for method in methods:
+        own = [r for r in rows if r["method"] == method]
+        if own:
+            lines.append([method, spread((100 * r["skipped"] for r in own), ".0f"),
+                          spread((lead(rows, r["case"], r["skipped"], method, LITE) for r in own), "+.1f")])
+    return markdown(["", "skipped, %", "above error budgets that skip as much, dB"], lines)
+
+
+def donor_section(rows: list[dict]) -> str:
+    """Masks of a donor by number of steps and budget."""
+    lines = []
+    for steps in sorted({r["steps"] for r in rows if r["method"] == DONOR}):
+        for level in sorted({r["level"] for r in rows if r["method"] == DONOR}):
+            own, plain = ([r for r in rows if (r["method"], r["steps"], r["level"]) == (m, steps, level)]
+                          for m in (DONOR, LITE))
+            given = {r["case"] for r in own}
+            lines.append([steps, f"{level:g}", spread((100 * r["skipped"] for r in plain if r["case"] in given), ".0f"),
+                          spread((100 * r["skipped"] for r in own), ".0f"),
+                          spread((lead(rows, r["case"], r["skipped"], DONOR, LITE) for r in own), "+.1f")])
+    return markdown(["steps", "budget", "skipped, %", "with a donor's masks, %",
+                     "above budgets that skip as much, dB"], lines)
 
 
 def sections(rows: list[dict]) -> dict[str, str]:
-    """The tables of docs/quality.md that the rows of one result give, by name."""
-    first = [r for r in rows if r["case"] == rows[0]["case"]]
-    if rows[0]["steps"] <= FEW:
-        few = [r for r in rows if "64" not in r["method"] and r["method"] != PEER]
-        return {"few": points_section(few, f"{LITE}, tiles of 128")}
-    settings = [r for r in first if r["method"].startswith(("max test", "max + pooled, tiles", "budget"))]
-    parts = [r for r in first if r["tile"] == 64 and r["method"] != PEER]
-    return {"frontier": frontier_section(rows), "verdict": verdict(frontier(rows)),
-            "settings": points_section(settings), "parts": points_section(parts, f"{LITE}, tiles of 64")}
+    """The tables of docs/quality.md by name."""
+    by_half = {half: [r for r in rows if r["half"] == half] for half in HALVES}
+    return {**{f"frontier, {half} half": frontier_section(own) for half, own in by_half.items()},
+            "fewer steps": fewer_section(by_half[REPORTING]), "settings": settings_section(by_half[REPORTING]),
+            "parts": against_section(by_half[CHOOSING], PARTS),
+            "candidates": against_section(by_half[CHOOSING], CANDIDATES), "donor": donor_section(rows)}
 
 
-def plot(rows: list[dict], path: Path, title: str) -> str:
-    """PSNR over skipped share, one curve per method, means over cases; in the second panel curves of the first case.
+def plot(rows: list[dict], path: Path) -> str:
+    """PSNR over the share of attention that is not computed: a panel for each case, a curve for each method.
 
     Returns:
         One line that says where the picture is, or how to get one.
@@ -127,28 +149,25 @@ def plot(rows: list[dict], path: Path, title: str) -> str:
         from matplotlib import pyplot
     except ImportError:
         return "No plot: matplotlib is not installed (pip install matplotlib)."
-    if not rows:
+    cases = cases_of(rows)
+    if not cases:
         return "No plot: nothing ran."
-    cases = list(dict.fromkeys(r["case"] for r in rows))
-    everywhere = [p["method"] for p in points(rows) if p["cases"] == len(cases)]
-    panels = [(f"mean over {len(cases)} cases", [r for r in rows if r["method"] in everywhere])][:len(cases) - 1]
-    panels.append((cases[0], [r for r in rows if r["case"] == cases[0]]))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels) + 2, 5), squeeze=False)
-    colours = pyplot.get_cmap("tab20").colors
-    names = list(dict.fromkeys(r["method"] for r in rows))
-    lines = {name for name in names if len({r["level"] for r in rows if r["method"] == name}) > 1}
-    for axis, (label, shown) in zip(axes[0], panels, strict=True):
-        for number, name in enumerate(names):
-            line = sorted((100 * p["skipped"], p["psnr_db"]) for p in points(shown) if p["method"] == name)
-            if line and (name in lines or not lines):  # a point that lies on another curve needs no name
-                strong = name == PEER or name.startswith(LITE)
-                axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name, linewidth=2 if strong else 1,
-                          linestyle="-" if strong else "--", color=colours[number % len(colours)])
-        axis.set(title=label, xlabel="tiles skipped, %", ylabel="PSNR against dense, dB", xlim=(0, 85), ylim=(15, 65))
+    columns = min(4, len(cases))
+    lines = -(-len(cases) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, sharex=True,
+                                   sharey=True)
+    for axis, case in zip(axes.flat, cases, strict=False):
+        for method, style in ((LITE, "o-"), (THRESHOLD, "s--"), (PEER, "^-"), (FEWER, "x:")):
+            line = sorted((100 * r["skipped"], r["psnr_db"]) for r in rows
+                          if (r["case"], r["method"]) == (case, method) and r["psnr_db"] is not None)
+            if line:
+                axis.plot(*zip(*line, strict=True), style, label=method, markersize=4)
+        axis.set_title(case, fontsize=7)
+        axis.set(xlim=(0, 60), ylim=(15, 65))
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc="center left",
-                       bbox_to_anchor=(1.01, 0.5))
-    figure.suptitle(title)
+    axes[0][0].legend(fontsize=7)
+    figure.supxlabel("attention not computed, %")
+    figure.supylabel("PSNR against dense, dB")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,136 +1,244 @@
-"""Runs of the quality lab: the demo model, its cases, one run under one setting, and what is recorded of it."""
+"""Runs of the quality lab: a case under one setting, and what is recorded of it."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from .quality_methods import Method, Setting
-from .quality_metrics import quantile, relative_l2, ssim
+from .quality_candidates import CANDIDATES, PARTS, Simulated
+from .quality_cases import MODELS, Case
+from .quality_methods import simulate
+from .quality_metrics import ssim
+from .sol import sol_attention, sol_routes
 
-ROOT = Path(__file__).resolve().parents[2]
-CFG, SHIFT = 2.0, 3.0
+LONGER = 3
+"""Times the steps of a case, in a second dense run that it is compared with."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """A prompt (see demo/pixels.py), a seed and the latent's frames, rows and columns."""
+class Setting:
+    """One point of one curve.
 
-    prompt: tuple[int, int, int]
-    seed: int
-    size: tuple[int, int, int]
+    Attributes:
+        method: its name, as in tables and plots.
+        kind: "budget" or "threshold" (the node's rules, through a `SamplingRun`), "dense", "sol", "simulation" (of
+            `quality_candidates`), "donor" (masks of another run).
+        level: what moves along the curve: the budget, the log2 threshold, the number of steps, Sol-Attn's tau.
+    """
+
+    method: str
+    kind: str
+    level: float
+
+
+@dataclass(frozen=True)
+class AnyBudget:
+    """The node's rule, also for budgets that it does not offer."""
+
+    share: float
 
     @property
-    def name(self) -> str:
-        shape, count, speed = self.prompt
-        return f"{count} {('disc', 'square')[shape]}, speed {speed}, seed {self.seed}, {'x'.join(map(str, self.size))}"
+    def text(self) -> str:
+        return f"budget {self.share:g}"
+
+    def skip_test(self, layer: object, step: int, seqlen_k: int):
+        from liteattention.kernels import tiles
+        from liteattention.runtime.rules import SkipTest
+
+        return SkipTest(math.log2(self.share / tiles(seqlen_k)), "mass")
+
+    def bolder(self) -> None:
+        return None
 
 
-CASES = (Case((0, 2, 1), 3, (9, 32, 32)), Case((0, 4, 0), 5, (9, 24, 24)), Case((1, 3, 2), 11, (9, 32, 32)))
-"""2304 tokens, 1296, which neither 64 nor 128 divides, and 2304."""
-SMALL_CASES = (Case((0, 1, 1), 1, (3, 16, 16)),)
-"""192 tokens."""
-
-
-@lru_cache(maxsize=1)
-def model(device: str):
-    """The demo model, once a process."""
+@lru_cache(maxsize=2)
+def model(name: str, device: str):
+    """A model of the lab, once a process."""
     from liteattention.benchmarks.demo_pipeline.wan import load_tiny_wan
 
-    return load_tiny_wan(ROOT / "demo" / "model" / "tiny_wan_t2v.safetensors", device=torch.device(device))
+    return load_tiny_wan(MODELS[name], device=torch.device(device))
 
 
-def sample(case: Case, steps: int, device: str, attend: Callable[[Tensor, Tensor, Tensor, int, int], Tensor]) -> Tensor:
-    """The latent [1, 16, T, h, w] of a run on the CPU. attend: (q, k, v [B, H, N, D], layer, step) -> [B, H, N, D]."""
+def warmup(case: Case) -> int:
+    """Evaluations at the start that compute everything, by the node's defaults; all methods get as many."""
+    from liteattention.runtime import StepPlan
+
+    return StepPlan(case.steps).dense_steps * (2 if case.sampler == "heun" else 1)
+
+
+def sample(case: Case, device: str, on_evaluation: Callable | None = None, callback: Callable | None = None,
+           steps: int | None = None, other: tuple[tuple[int, ...], int] | None = None) -> Tensor:
+    """The latent [1, C, T, h, w] of a run on the CPU. `other`: prompt and seed in place of the case's."""
+    from liteattention.benchmarks.demo_pipeline.pans import clip
     from liteattention.benchmarks.demo_pipeline.sampler import comfy_noise, euler_flow, flow_sigmas
-    from liteattention.demo.pixels import empty_prompt, prompt_tokens
 
-    def on_evaluation(step, sigma, latent_shape, rows):
-        def attention(q, k, v, heads, layer):
-            split = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-            return attend(*split, layer, step).transpose(1, 2).flatten(2)
+    wan = model(case.model, device)
+    prompt, seed = other or (case.prompt, case.seed)
+    noise = comfy_noise((1, wan.config.channels, *case.size), seed).to(device)
+    prompts = (x.to(device) for x in case.prompts(prompt))
+    steps = steps or case.steps
+    sigmas = flow_sigmas(round(steps / case.denoise), case.shift)[-(steps + 1):].to(device)
+    if case.denoise < 1:
+        painted = clip(prompt, case.size, torch.Generator().manual_seed(seed)).to(device)
+        noise = noise + (1 - sigmas[0]) / sigmas[0] * painted  # euler_flow multiplies by the first sigma
+    return euler_flow(wan, noise, sigmas, *prompts, case.cfg,
+                      heun=case.sampler == "heun", on_evaluation=on_evaluation, callback=callback).float().cpu()
+
+
+class Calls:
+    """Attention of one run by calls of [B, H, N, D], in which tiles are counted.
+
+    Args:
+        attend: (q, k, v, layer, number of the evaluation) -> (out, computed tiles, bool,
+            or None where all are).
+        first: the evaluation that is number 0; those before it are dense.
+    """
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor | None]], first: int):
+        self.attend, self.first = attend, first
+        self.evaluation, self.shares = -1, []
+
+    def on_evaluation(self, step: int, sigma: float, latent_shape: tuple[int, ...], rows: list) -> Callable:
+        self.evaluation += 1
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, layer: int) -> Tensor:
+            q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+            since = self.evaluation - self.first
+            out, computed = (F.scaled_dot_product_attention(q, k, v), None) if since < 0 else \
+                self.attend(q, k, v, layer, since)
+            self.shares.append(1.0 if computed is None else computed.float().mean().item())
+            return out.transpose(1, 2).flatten(2)
 
         return attention
 
-    wan = model(device)
-    with torch.inference_mode():
-        noise = comfy_noise((1, 16, *case.size), case.seed).to(device)
-        prompts = (x.to(device) for x in (prompt_tokens(*case.prompt), empty_prompt()))
-        latent = euler_flow(wan, noise, flow_sigmas(steps, SHIFT).to(device), *prompts, CFG,
-                            on_evaluation=on_evaluation)
-    return latent.float().cpu()
+    @property
+    def skipped(self) -> float:
+        return 1 - sum(self.shares) / len(self.shares)
 
 
-def dense_latent(case: Case, steps: int, device: str) -> Tensor:
-    """The reference: exact attention throughout."""
-    return sample(case, steps, device, lambda q, k, v, layer, step: F.scaled_dot_product_attention(q, k, v))
+def evaluations(case: Case, steps: int) -> int:
+    """Of the model in a run of so many steps; Heun's last step has one."""
+    return 2 * steps - 1 if case.sampler == "heun" else steps
 
 
-def _means(rows: list[list[float]]) -> list[float]:
-    return [round(sum(row) / len(row), 6) for row in rows]
+def _node(case: Case, rule: object, device: str) -> tuple[Tensor, float]:
+    """Through the runtime, by the node's defaults."""
+    from liteattention.benchmarks.demo_pipeline.wan import sparse_attention
+    from liteattention.runtime import LiteAttentionConfig, SamplingRun
+
+    run = SamplingRun(LiteAttentionConfig(rule, min_tokens=1), case.steps)
+    try:
+        latent = sample(case, device, sparse_attention(model(case.model, device), run),
+                        lambda step, *_: run.end_step(step))
+    finally:
+        summary = run.close()
+    return latent, summary.skipped
 
 
-def _columns(rows: Iterable[list[float]]) -> list[tuple[float, ...]]:
-    return list(zip(*rows, strict=True))
+def _sol(case: Case, tau: float, device: str) -> tuple[Tensor, float]:
+    sol = sol_attention()[0]
+
+    def attend(q, k, v, layer, evaluation):
+        # Head by head: the reference holds all scores of a call at once.
+        heads = [sol(*(x[:, h:h + 1].transpose(1, 2) for x in (q, k, v)), tau=tau) for h in range(q.shape[1])]
+        return torch.cat(heads, 2).transpose(1, 2), sol_routes(q, k, tau)
+
+    calls = Calls(attend, warmup(case))
+    return sample(case, device, calls.on_evaluation), calls.skipped
 
 
-def run_setting(case: Case, setting: Setting, steps: int, device: str, reference: Tensor,
-                measure_every: int = 1) -> dict:
-    """One run as a row of the result.
+def _simulation(case: Case, method: str, budget: float, device: str) -> tuple[Tensor, float]:
+    first = warmup(case) - 1  # this one records
+    simulated: Simulated = {**CANDIDATES, **PARTS}[method](budget, evaluations(case, case.steps) - first)
 
-    Args:
-        reference: the dense run's latent.
-        measure_every: errors and dropped mass are measured at every so many steps, from the second step on (the first
-            computes everything).
+    def attend(q, k, v, layer, evaluation):
+        got = simulated.attend(q, k, v, layer, evaluation)
+        return got.out, got.computed
 
-    Skipped shares are means over all steps, the first included; errors and dropped mass over the measured ones. Per
-    step means over layers, per layer means over steps.
-    """
+    calls = Calls(attend, first)
+    return sample(case, device, calls.on_evaluation), calls.skipped
+
+
+def _donated(case: Case, budget: float, device: str) -> tuple[Tensor, float]:
+    """Masks of every evaluation, recorded in the donor's run, from the first evaluation on."""
+    masks: dict[tuple[int, int], Tensor] = {}
+    donor = Simulated(budget, case.steps)
+
+    def record(q, k, v, layer, evaluation):
+        got = donor.attend(q, k, v, layer, evaluation)
+        masks[layer, evaluation] = got.keep
+        return got.out, None
+
+    def take(q, k, v, layer, evaluation):
+        keep = masks[layer, evaluation]
+        return simulate(q, k, v, keep, torch.full(q.shape[:2], -math.inf), donor.rules).out, keep
+
+    sample(case, device, Calls(record, 0).on_evaluation, other=case.donor)
+    calls = Calls(take, 0)
+    return sample(case, device, calls.on_evaluation), calls.skipped
+
+
+def run_setting(case: Case, setting: Setting, device: str) -> tuple[Tensor, float]:
+    """(latent, share of the run's attention that is not computed; tiles, or evaluations of a run of fewer steps)."""
+    from liteattention.runtime import Threshold
+
+    if setting.kind == "dense":
+        steps = int(setting.level)
+        return sample(case, device, steps=steps), 1 - evaluations(case, steps) / evaluations(case, case.steps)
+    if setting.kind == "sol":
+        return _sol(case, setting.level, device)
+    if setting.kind == "simulation":
+        return _simulation(case, setting.method, setting.level, device)
+    if setting.kind == "donor":
+        return _donated(case, setting.level, device)
+    return _node(case, Threshold(setting.level) if setting.kind == "threshold" else AnyBudget(setting.level), device)
+
+
+def reference(case: Case, steps: int, device: str, folder: Path) -> Tensor:
+    """The latent of a dense run of so many steps, made once and then read from `folder`."""
+    path = folder / f"{case.name.replace(', ', '-').replace(' ', '')}-{steps}.safetensors"
+    if not path.exists():
+        latent = sample(case, device, steps=steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        save_file({"latent": latent.contiguous()}, partial)
+        os.replace(partial, path)
+    return load_file(path)["latent"]
+
+
+def references(case: Case) -> list[int]:
+    """Steps of the dense runs that a case is compared with."""
+    return [case.steps] + [LONGER * case.steps] * case.longer
+
+
+def row_of(case: Case, setting: Setting, device: str, folder: Path) -> dict:
+    """One run as a row of the result: PSNR (None where equal), SSIM and motion against the dense run of full length,
+    and PSNR against the run of three times as many steps (None where the case has none)."""
     from liteattention.benchmarks.demo_pipeline.clips import psnr
     from liteattention.demo.pixels import decode
-
-    wan = model(device)
-    layers = wan.config.num_layers
-    method = Method(setting, wan.grid((1, 16, *case.size)))
-    measured = range(1, steps, measure_every)
-    skipped = [[0.0] * layers for _ in range(steps)]
-    errors: dict[int, list[float]] = {step: [0.0] * layers for step in measured}
-    dropped = []
-    inside = 0.0
-
-    def attend(q, k, v, layer, step):
-        nonlocal inside
-        start = time.perf_counter()
-        got = method.attend(q, k, v, layer, step, step in errors)
-        inside += time.perf_counter() - start
-        skipped[step][layer] = got.skipped
-        if step in errors:
-            errors[step][layer] = relative_l2(got.out, got.dense)
-            dropped.append(got.dropped.flatten().cpu())
-        return got.out
+    from liteattention.report.temporal import motion
 
     start = time.perf_counter()
-    clip = decode(sample(case, steps, device, attend))
+    latent, skipped = run_setting(case, setting, device)
     seconds = time.perf_counter() - start
-    expected = decode(reference)
-    mass = torch.cat(dropped) if dropped else torch.zeros(1)
-    flat = [x for row in errors.values() for x in row] or [0.0]
-    return {"case": case.name, "method": setting.curve, "level": setting.level, "tile": setting.tile,
-            "kind": setting.kind, "steps": steps, "skipped": sum(map(sum, skipped)) / (steps * layers),
-            "psnr_db": psnr(clip, expected), "ssim": ssim(clip, expected),
-            "error_mean": sum(flat) / len(flat), "error_max": max(flat),
-            "dropped_mean": mass.mean().item(), "dropped_q999": quantile(mass, 0.999), "seconds": seconds,
-            "attention_seconds": inside, "skipped_per_step": _means(skipped),
-            "skipped_per_layer": _means(_columns(skipped)), "measured_steps": list(measured),
-            "error_per_step": _means(list(errors.values())), "error_per_layer": _means(_columns(errors.values()))}
+    clip, dense, *long = (decode(x) for x in [latent, *(reference(case, n, device, folder) for n in references(case))])
+    frames = [psnr(a, b) for a, b in zip(clip, dense, strict=True)]
+    whole = psnr(clip, dense)
+    return {"case": case.name, "half": case.half, "model": case.model, "steps": case.steps, "tokens": case.tokens,
+            "method": setting.method, "kind": setting.kind, "level": setting.level, "skipped": skipped,
+            "psnr_db": whole if math.isfinite(whole) else None,
+            "psnr_db_worst_frame": min(frames) if math.isfinite(min(frames)) else None, "ssim": ssim(clip, dense),
+            **motion(dense, clip), "psnr_db_long": psnr(clip, long[0]) if long else None, "seconds": seconds}
 
 
 def trace(case: Case, steps: int, device: str, layers: list[int], at_steps: list[int], path: Path) -> str:
@@ -139,9 +247,7 @@ def trace(case: Case, steps: int, device: str, layers: list[int], at_steps: list
     Raises:
         ValueError: a layer or step that the run does not have.
     """
-    from safetensors.torch import save_file
-
-    wan = model(device)
+    wan = model(case.model, device)
     for what, numbers, count in (("layer", layers, wan.config.num_layers), ("step", at_steps, steps)):
         for number in numbers:
             if not 0 <= number < count:
@@ -151,13 +257,12 @@ def trace(case: Case, steps: int, device: str, layers: list[int], at_steps: list
     def attend(q, k, v, layer, step):
         if layer in layers and step in at_steps:
             found.update({f"step{step}.layer{layer}.{name}": x.contiguous().cpu() for name, x in (("q", q), ("k", k))})
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v), None
 
-    sample(case, steps, device, attend)
+    sample(case, device, Calls(attend, 0).on_evaluation, steps=steps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid = "x".join(map(str, wan.grid((1, 16, *case.size))))
-    save_file(found, path, metadata={"case": case.name, "steps": str(steps), "cfg": f"{CFG:g}", "shift": f"{SHIFT:g}",
-                                     "grid": grid, "sm_scale": f"{wan.config.head_dim ** -0.5:.9g}"})
+    grid = "x".join(map(str, wan.grid((1, wan.config.channels, *case.size))))
+    save_file(found, path, metadata={"case": case.name, "steps": str(steps), "grid": grid,
+                                     "sm_scale": f"{wan.config.head_dim ** -0.5:.9g}"})
     size = sum(x.nbytes for x in found.values()) / 2**20
-    tokens = math.prod(wan.grid((1, 16, *case.size)))
-    return f"{path.name}: q, k of {len(found) // 2} calls, {tokens} tokens, {size:.0f} MB"
+    return f"{path.name}: q, k of {len(found) // 2} calls, {case.tokens} tokens, {size:.0f} MB"

@@ -44,6 +44,7 @@ def test_any_pair_has_a_strip(frames, height, width):
     strip, summary, stats = compare_clips(*clips(frames, height, width))
     assert strip.dim() == 4 and strip.shape[0] == 1 and strip.shape[2:] == (1600, 3) and torch.isfinite(strip).all()
     assert stats["frames"] == frames == len(stats["ssim_per_frame"]) and f"over {frames} frames" in summary
+    assert ("Motion from frame to frame" in summary) == (frames > 1)
     assert 20 < stats["psnr_db"] < 40 and stats["psnr_db_worst"] <= stats["psnr_db"] + 1e-6
 
 

@@ -40,6 +40,8 @@ def test_a_threshold_is_the_same_for_any_length():
 
 
 def test_what_skips_more_is_named_as_long_as_there_is_more():
-    assert ErrorBudget(0.3).bolder() == "raise error_budget (now 0.3)" and ErrorBudget(1.0).bolder() is None
+    assert ErrorBudget(0.1).bolder() == "raise error_budget (now 0.1)" and ErrorBudget(1.0).bolder() is None
+    assert ErrorBudget(0.3).bolder() == "raise error_budget (now 0.3; fewer steps can be closer to dense)"
     assert Threshold(-10).bolder() == "raise threshold to -8 (now -10)"
-    assert Threshold(-1).bolder() == "raise threshold to 0 (now -1)" and Threshold(0).bolder() is None
+    assert Threshold(-5).bolder() == "raise threshold to -3 (now -5)" and Threshold(0).bolder() is None
+    assert Threshold(-1).bolder() == "raise threshold to 0 (now -1; fewer steps can be closer to dense)"
