@@ -1,9 +1,10 @@
 """The demo: python demo/run.py [--help]
 
-Samples the tiny demo model twice on the same seed, dense and with LiteAttention, and compares. With a ComfyUI at hand
-(COMFYUI_PATH, the one this pack is installed in, ~/ComfyUI) it starts that headless and queues demo/workflow_api.json
-over its HTTP API; without one it runs the embedded pipeline in this folder. Both use the same settings, sampling run
-and kernels. Dense means dense_blocks "0--1".
+Samples the tiny demo model on one seed: dense, with LiteAttention, and dense in as many steps as fit into
+LiteAttention's time; compares times and clips. With a ComfyUI at hand (COMFYUI_PATH, the one this pack is installed in,
+~/ComfyUI) it starts that headless and queues demo/workflow_api.json over its HTTP API; without one it runs the embedded
+pipeline in this folder. Both use the same settings, sampling run and kernels. Dense means dense_blocks "0--1", with
+torch's fused attention; on a CPU, ComfyUI's default attention is timed as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,15 @@ class Result:
 
     summary: dict
     latent: object
+
+    @property
+    def seconds(self) -> float:
+        """Of sampling, without loading the model and saving the clip."""
+        return self.summary["seconds"]
+
+
+Sample = Callable[[int, bool], Result]
+"""(steps, sparse) -> a run of so many steps, with LiteAttention or dense."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,9 +79,9 @@ def rule_inputs(args: argparse.Namespace) -> dict:
     return {"rule": "error budget", "rule.error_budget": args.error_budget}
 
 
-def run_comfyui(args: argparse.Namespace, comfy_path: Path) -> tuple[Result, Result]:
-    """Dense and sparse through a real ComfyUI server."""
-    import torch
+@contextmanager
+def in_comfyui(args: argparse.Namespace, comfy_path: Path, options: tuple[str, ...]) -> Iterator[Sample]:
+    """Runs through a real ComfyUI server, started with these options."""
     from safetensors.torch import load_file
 
     from liteattention.demo.pixels import from_comfy_latent
@@ -80,19 +92,22 @@ def run_comfyui(args: argparse.Namespace, comfy_path: Path) -> tuple[Result, Res
     workflow["3"]["inputs"] = {**inputs, **rule_inputs(args), "warmup_steps": args.warmup_steps,
                                "pool_skipped": args.pool_skipped}
     workflow["5"]["inputs"] |= {"width": args.size * 8, "height": args.size * 8, "length": (args.frames - 1) * 4 + 1}
-    workflow["6"]["inputs"] |= {"steps": args.steps, "seed": args.seed}
-    results = []
-    with ComfyServer(comfy_path, arguments=() if torch.cuda.is_available() else ("--cpu",)) as server:
-        for blocks in (EVERY_BLOCK, ""):
-            workflow["3"]["inputs"]["dense_blocks"] = blocks
+    workflow["6"]["inputs"] |= {"seed": args.seed}
+    with ComfyServer(comfy_path, arguments=options) as server:
+
+        def sample(steps: int, sparse: bool) -> Result:
+            workflow["3"]["inputs"]["dense_blocks"] = "" if sparse else EVERY_BLOCK
+            workflow["6"]["inputs"]["steps"] = steps
             outputs = server.run(workflow, timeout_s=1800)
             saved = load_file(server.output_file(outputs["7"]["latents"][0]))["latent_tensor"]
-            results.append(Result(server.summaries()[-1], from_comfy_latent(saved.float())))
-    return results[0], results[1]
+            return Result(server.summaries()[-1], from_comfy_latent(saved.float()))
+
+        yield sample
 
 
-def run_embedded(args: argparse.Namespace) -> tuple[Result, Result]:
-    """Dense and sparse through the embedded pipeline: the same sampling run, without ComfyUI."""
+@contextmanager
+def embedded(args: argparse.Namespace) -> Iterator[Sample]:
+    """Runs through the embedded pipeline: the same sampling run, without ComfyUI."""
     import torch
 
     from liteattention.benchmarks.demo_pipeline.sampler import comfy_noise, euler_flow, flow_sigmas
@@ -106,21 +121,55 @@ def run_embedded(args: argparse.Namespace) -> tuple[Result, Result]:
     noise = comfy_noise((1, 16, args.frames, args.size, args.size), args.seed).to(device)
     rule = ErrorBudget(args.error_budget) if args.threshold is None else Threshold(args.threshold)
 
-    def sample(blocks: str) -> Result:
+    def sample(steps: int, sparse: bool) -> Result:
         run = SamplingRun(LiteAttentionConfig(rule, warmup_steps=args.warmup_steps, pool_skipped=args.pool_skipped,
-                                              dense_blocks=blocks, min_tokens=512), args.steps)
+                                              dense_blocks="" if sparse else EVERY_BLOCK, min_tokens=512), steps)
         try:
-            latent = euler_flow(model, noise, flow_sigmas(args.steps, 3.0).to(device), positive, negative, 2.0,
+            latent = euler_flow(model, noise, flow_sigmas(steps, 3.0).to(device), positive, negative, 2.0,
                                 on_evaluation=sparse_attention(model, run),
                                 callback=lambda step, *_: run.end_step(step))
         finally:
             summary = run.close()
         return Result(summary.to_dict(), latent.float().cpu())
 
-    return sample(EVERY_BLOCK), sample("")
+    yield sample
 
 
-def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -> None:
+@dataclass
+class Runs:
+    """What is compared. fewer_steps: dense in the time of `lite`, or None where that is not less than `dense` takes.
+    default_dense: dense with the attention that ComfyUI has by default, or None where that is the fused one."""
+
+    dense: Result
+    lite: Result
+    fewer_steps: Result | None
+    default_dense: Result | None = None
+
+
+def compare(sample: Sample, steps: int) -> Runs:
+    """Dense, lite, and dense in as many steps as fit into lite's time."""
+    sample(1, False)  # the first run of a process is slower
+    dense, lite = sample(steps, False), sample(steps, True)
+    fit = max(1, round(steps * lite.seconds / dense.seconds))
+    return Runs(dense, lite, sample(fit, False) if fit < steps else None)
+
+
+def compare_in_comfyui(args: argparse.Namespace, comfy_path: Path) -> Runs:
+    """The same in ComfyUI; on a CPU also dense with its default attention, in a server of its own."""
+    import torch
+
+    if torch.cuda.is_available():
+        with in_comfyui(args, comfy_path, ()) as sample:
+            return compare(sample, args.steps)
+    with in_comfyui(args, comfy_path, ("--cpu", "--use-pytorch-cross-attention")) as sample:
+        runs = compare(sample, args.steps)
+    with in_comfyui(args, comfy_path, ("--cpu",)) as sample:
+        sample(1, False)
+        runs.default_dense = sample(args.steps, False)
+    return runs
+
+
+def report(args: argparse.Namespace, engine: str, runs: Runs) -> None:
     """The table, the picture and, where asked for, the JSON."""
     import torch
 
@@ -128,33 +177,55 @@ def report(args: argparse.Namespace, engine: str, dense: Result, lite: Result) -
     from liteattention.demo.pixels import decode
     from liteattention.report.temporal import motion
 
-    clips = [decode(result.latent) for result in (dense, lite)]
-    quality, moved = psnr(*clips), motion(*clips)
+    dense, lite = decode(runs.dense.latent), decode(runs.lite.latent)
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "demo.webp"
-    s = lite.summary
-    side_by_side(clips, ["dense", f"LiteAttention {s['rule']}"], picture)
+    s = runs.lite.summary
+    side_by_side([dense, lite], ["dense", f"LiteAttention {s['rule']}"], picture)
+    fewer = runs.fewer_steps and {"steps": runs.fewer_steps.summary["total_steps"],
+                                  "seconds": runs.fewer_steps.seconds,
+                                  "psnr_db": psnr(dense, decode(runs.fewer_steps.latent))}
     numbers = {
         "engine": engine, "machine": platform.machine(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__, "python": platform.python_version(), "command": command(args),
         "settings": s["settings"], "steps": args.steps, "tokens": s["tokens"], "backend": s["backend"],
-        "skipped": s["skipped"], "skipped_per_step": s["skipped_per_step"], "psnr_db": quality, **moved,
+        "skipped": s["skipped"], "skipped_per_step": s["skipped_per_step"], "psnr_db": psnr(dense, lite),
+        **motion(dense, lite), "seconds": runs.lite.seconds, "dense_seconds": runs.dense.seconds,
+        "default_dense_seconds": runs.default_dense and runs.default_dense.seconds,
+        "attention_share": s["attention_share"], "fewer_steps": fewer,
         "mask_bytes": s["mask_bytes"], "sparse_calls": s["sparse_calls"], "dense_calls": s["dense_calls"],
     }
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    shares = [f"{share:.0%}" if share is not None else "-" for share in s["skipped_per_step"]]
-    rows = [
-        ("engine", engine), ("steps, tokens", f"{args.steps}, {s['tokens']}"), ("backend", s["backend"]),
-        ("this run", s["plan"]), ("rule", s["rule"]), ("skipped per step", " ".join(shares)),
-        ("skipped, whole run", f"{s['skipped']:.1%}"), ("PSNR against dense", f"{quality:.1f} dB"),
-        ("motion against dense", "equal" if moved["motion_psnr_db"] is None else f"{moved['motion_psnr_db']:.1f} dB"),
-        ("skip masks", f"{s['mask_bytes']} bytes"), ("side by side", str(picture)),
-    ]
+    rows = table(numbers, s) + [("side by side", str(picture))]
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+def table(numbers: dict, summary: dict) -> list[tuple[str, str]]:
+    """Rows of the report, the most important first."""
+    seconds, fewer, moved = numbers["seconds"], numbers["fewer_steps"], numbers["motion_psnr_db"]
+
+    def against(dense_seconds: float, attention: str) -> str:
+        return f"{dense_seconds / seconds:.2f}x as fast as dense ({dense_seconds:.1f} s) with {attention}"
+
+    rows = [("sampling", f"{seconds:.1f} s: {against(numbers['dense_seconds'], 'the fused attention of torch')}")]
+    if numbers["default_dense_seconds"]:
+        rows.append(("", against(numbers["default_dense_seconds"], "ComfyUI's default attention on a CPU")))
+    instead = "dense in as many steps" if fewer is None else (
+        f"dense in {fewer['steps']} steps ({fewer['seconds']:.1f} s): {fewer['psnr_db']:.1f} dB")
+    shares = [f"{share:.0%}" if share is not None else "-" for share in numbers["skipped_per_step"]]
+    return [
+        *rows, ("attention skipped", f"{numbers['skipped']:.1%}"),
+        ("PSNR against dense", f"{numbers['psnr_db']:.1f} dB"),
+        ("motion against dense", "equal" if moved is None else f"{moved:.1f} dB"), ("in the same time", instead),
+        ("steps, tokens", f"{numbers['steps']}, {numbers['tokens']}"), ("this run", summary["plan"]),
+        ("rule", summary["rule"]), ("skipped per step", " ".join(shares)),
+        ("skip masks", f"{numbers['mask_bytes']} bytes"), ("backend", numbers["backend"]),
+        ("engine", numbers["engine"]),
+    ]
 
 
 def main() -> None:
@@ -172,14 +243,15 @@ def main() -> None:
     load_pack()
     if comfy_path is not None:
         engine = f"ComfyUI {comfyui_version(comfy_path)}"
-        dense, lite = run_comfyui(args, comfy_path)
+        runs = compare_in_comfyui(args, comfy_path)
     else:
         engine = "embedded pipeline"
         if args.engine == "auto":
             print("No ComfyUI found: running the embedded pipeline. To see it in ComfyUI, clone that to ~/ComfyUI "
                   "(git clone https://github.com/comfyanonymous/ComfyUI) or set COMFYUI_PATH, and run this again.")
-        dense, lite = run_embedded(args)
-    report(args, engine, dense, lite)
+        with embedded(args) as sample:
+            runs = compare(sample, args.steps)
+    report(args, engine, runs)
 
 
 if __name__ == "__main__":
