@@ -30,7 +30,8 @@ def test_dense_in_the_same_time(lite_seconds, fit):
 
 
 def test_the_table_puts_the_gain_first():
-    numbers = {"seconds": 10.0, "dense_seconds": 15.0, "default_dense_seconds": 30.0, "skipped": 0.5, "psnr_db": 50.0, "motion_psnr_db": 48.0,
+    numbers = {"seconds": 10.0, "dense_seconds": 15.0, "default_dense_seconds": 30.0, "skipped": 0.5, "psnr_db": 50.0,
+               "motion_psnr_db": 48.0,
                "fewer_steps": {"steps": 13, "seconds": 9.8, "psnr_db": 35.0}, "skipped_per_step": [None, 0.5],
                "steps": 20, "tokens": 5184, "mask_bytes": 8, "backend": "b", "engine": "e"}
     rows = demo.table(numbers, {"plan": "p", "rule": "r"})
