@@ -170,10 +170,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.what == "trace":
         print(trace(CASES[0], CASES[0].steps, device.type, args.layers, args.steps, args.out))
         return
-    name = f"{datetime.date.today().isoformat()}-quality{'-quick' if args.quick else ''}"
+    kind = "quality-quick" if args.quick else "quality"
+    path = args.out / f"{datetime.date.today().isoformat()}-{kind}.json"
+    if args.resume:
+        path = max(args.out.glob(f"*-{kind}.json"), default=path)
     head = environment("quality.py", device)
     jobs = args.jobs or (1 if device.type == "cuda" else min(os.cpu_count() or 1, 4))
-    report = Report(args.out / f"{name}.json", {**head, "jobs": jobs, "threads": 1}, resume=args.resume)
+    report = Report(path, {**head, "jobs": jobs, "threads": 1}, resume=args.resume)
     print(" | ".join(f"{key} {value}" for key, value in head.items() if value is not None), flush=True)
     run(args, report, device.type, jobs)
     summarise(report)
