@@ -109,18 +109,17 @@ def run(args: argparse.Namespace, report, device: str, jobs: int) -> None:
                "ssim": "SSIM", "quiet_motion": "quiet areas", "seconds": "seconds"}
     folder = args.out / "dense"
     with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker) as pool:
-        cases = dict.fromkeys(case for case, _ in pairs)
-        dense = {case: [pool.submit(job, "reference", case, steps, device, folder) for steps in references(case)]
-                 for case in cases}
-        waiting, running = list(pairs), {}
+        waiting, running, dense = list(pairs), {}, set()
         while waiting or running:
             while waiting and len(running) < jobs and time.monotonic() < deadline:
                 case, setting = waiting.pop(0)
                 if has_lost(report.rows, setting.method):
                     lost.append(f"{case.name}: {setting.method} {setting.level:g}")
                     continue
-                for future in dense[case]:
-                    future.result()
+                if case not in dense:
+                    for future in [pool.submit(job, "reference", case, n, device, folder) for n in references(case)]:
+                        future.result()
+                    dense.add(case)
                 running[pool.submit(job, "row_of", case, setting, device, folder)] = case, setting
             if not running:
                 left_out = [f"{c.name}: {s.method} {s.level:g}" for c, s in waiting]
