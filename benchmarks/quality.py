@@ -109,18 +109,17 @@ def run(args: argparse.Namespace, report, device: str, jobs: int) -> None:
                "ssim": "SSIM", "quiet_motion": "quiet areas", "seconds": "seconds"}
     folder = args.out / "dense"
     with ProcessPoolExecutor(jobs, get_context("spawn"), start_worker) as pool:
-        cases = dict.fromkeys(case for case, _ in pairs)
-        dense = {case: [pool.submit(job, "reference", case, steps, device, folder) for steps in references(case)]
-                 for case in cases}
-        waiting, running = list(pairs), {}
+        waiting, running, dense = list(pairs), {}, set()
         while waiting or running:
             while waiting and len(running) < jobs and time.monotonic() < deadline:
                 case, setting = waiting.pop(0)
                 if has_lost(report.rows, setting.method):
                     lost.append(f"{case.name}: {setting.method} {setting.level:g}")
                     continue
-                for future in dense[case]:
-                    future.result()
+                if case not in dense:
+                    for future in [pool.submit(job, "reference", case, n, device, folder) for n in references(case)]:
+                        future.result()
+                    dense.add(case)
                 running[pool.submit(job, "row_of", case, setting, device, folder)] = case, setting
             if not running:
                 left_out = [f"{c.name}: {s.method} {s.level:g}" for c, s in waiting]
@@ -170,10 +169,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.what == "trace":
         print(trace(CASES[0], CASES[0].steps, device.type, args.layers, args.steps, args.out))
         return
-    name = f"{datetime.date.today().isoformat()}-quality{'-quick' if args.quick else ''}"
+    kind = "quality-quick" if args.quick else "quality"
+    path = args.out / f"{datetime.date.today().isoformat()}-{kind}.json"
+    if args.resume:
+        path = max(args.out.glob(f"*-{kind}.json"), default=path)
     head = environment("quality.py", device)
     jobs = args.jobs or (1 if device.type == "cuda" else min(os.cpu_count() or 1, 4))
-    report = Report(args.out / f"{name}.json", {**head, "jobs": jobs, "threads": 1}, resume=args.resume)
+    report = Report(path, {**head, "jobs": jobs, "threads": 1}, resume=args.resume)
     print(" | ".join(f"{key} {value}" for key, value in head.items() if value is not None), flush=True)
     run(args, report, device.type, jobs)
     summarise(report)

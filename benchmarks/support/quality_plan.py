@@ -20,7 +20,7 @@ FEW = 8
 """Steps up to which runs are those of distilled models: these need bolder settings to skip as much."""
 TAUS, MORE_TAUS = (-0.8, 0.1), (-1.8,)
 THRESHOLDS = (-3.0, -1.5)
-FEWER_SHARES = (0.9, 0.75, 0.55)
+FEWER_SHARES = (0.95, 0.9, 0.75, 0.55)
 """Of the steps, for the dense runs of fewer steps."""
 
 

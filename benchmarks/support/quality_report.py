@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -24,9 +25,16 @@ def cases_of(rows: Iterable[dict]) -> list[str]:
 
 
 def at(rows: list[dict], case: str, method: str, share: float, key: str = "psnr_db") -> float | None:
-    """A method's figure at a skipped share (0..1) of one case, interpolated; None where its curve does not reach."""
-    points = [(r["skipped"], r[key]) for r in rows if (r["case"], r["method"]) == (case, method)]
-    return interpolate([p for p in points if p[1] is not None], share)
+    """A method's figure at a skipped share (0..1) of one case, interpolated; None where its curve does not reach.
+
+    Error budgets over the logarithm of the share: their curves sag below a straight line between distant points, which
+    would flatter them. The others' do not.
+    """
+    points = [(r["skipped"], r[key]) for r in rows if (r["case"], r["method"]) == (case, method)
+              and r[key] is not None and r["skipped"] > 0]
+    if method != LITE:
+        return interpolate(points, share)
+    return interpolate([(math.log(x), y) for x, y in points], math.log(share)) if share > 0 else None
 
 
 def lead(rows: list[dict], case: str, share: float, method: str, over: str, key: str = "psnr_db",

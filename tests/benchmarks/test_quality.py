@@ -80,8 +80,9 @@ def test_curves_are_compared_case_by_case():
     assert lead(rows, "b", 0.5, "own", "peer", over_share=0.3) == pytest.approx(1.0)
     assert lead(rows[:-1], "b", 0.5, "own", "peer") is None  # a single point is no curve
     budget = [dict(r, method="error budget") for r in rows if r["method"] == "peer"]
-    close, far = ({"case": "a", "method": "re-recorded at half", "skipped": 0.5, "psnr_db": x} for x in (29.8, 29.6))
+    close, far = ({"case": "a", "method": "re-recorded at half", "skipped": 0.5, "psnr_db": x} for x in (27.8, 27.7))
     assert has_lost([*budget, far], "re-recorded at half") and not has_lost([*budget, close], "re-recorded at half")
+    assert at(budget, "a", "error budget", 0.4) == pytest.approx(30.0)  # halfway on a logarithmic scale
     assert spread([3.0, None, 1.0, 5.0]) == "1.0 / 3.0 / 5.0 (3)" and spread([None]) == ""
 
 
