@@ -8,8 +8,8 @@ case makes a few calls of `lite_attention` on the same masks. Outputs are compar
 the torch backend, tile counts with the masks. The executor reports accesses out of bounds, misaligned or of memory that
 nobody has written, races, copies read too early, divergence, and arguments that a kernel was not compiled for.
 
---gate (default) is what a change of kernels, launch table or launch code has to pass: for four architectures half a
-minute, two where everything has to be compiled. --all: also every form that a run can launch.
+--gate (default) is what a change of kernels, launch table or launch code has to pass: for four architectures about
+three minutes. --all: also every form that a run can launch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from support.executor import as_on, executor, missing  # noqa: E402
 
 from liteattention.kernels import MustKeep, SkipMask, Workspace, lite_attention, reference  # noqa: E402
 from liteattention.kernels.forms import Form, default_forms, launchable  # noqa: E402
+from liteattention.kernels.launch_table import serves_hopper  # noqa: E402
 from liteattention.kernels.precision import INT8_GUARD, precision_on  # noqa: E402
-from liteattention.kernels.triton_hopper_launch import serves_hopper  # noqa: E402
 from liteattention.runtime.rules import ErrorBudget, Threshold  # noqa: E402
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_120")

@@ -71,6 +71,11 @@ def launch_config(arch: str, head_dim: int, dtype: torch.dtype, int8: bool = Fal
     return LaunchConfig(record_in_registers=in_registers, pv_fp16=int8 and (is_geforce(arch) or arch == "cpu"))
 
 
+def serves_hopper(arch: str, head_dim: int, dtype: torch.dtype, int8: bool) -> bool:
+    """Whether the kernel for Hopper (`triton_hopper.py`) can compute calls of this kind."""
+    return arch == "sm_90" and head_dim in (64, 128) and dtype.itemsize == 2 and not int8
+
+
 def is_geforce(arch: str) -> bool:
     """Whether GeForce cards have this architecture."""
     return arch in _GEFORCE

@@ -41,8 +41,7 @@ def checked_forms(kernels, device: str, plain: bool, hopper: bool = False) -> li
     if device == "cpu":  # Triton's interpreter cannot multiply bfloat16
         found = [replace(form, dtype=torch.float16) if form.dtype == torch.bfloat16 else form for form in found]
     if hopper:
-        launch = importlib.import_module(".triton_hopper_launch", kernels.__name__)
-        found = [form for form in found if launch.serves_hopper("sm_90", form.head_dim, form.dtype, form.int8)]
+        found = [x for x in found if launch_table.serves_hopper("sm_90", x.head_dim, x.dtype, x.int8)]
     return list(dict.fromkeys(replace(form, pool_skipped=form.pool_skipped and not plain) for form in found))
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-from .launch_table import architecture
+from .launch_table import architecture, serves_hopper
 from .mask import TILE, WORD_BITS, tiles
+from .system import setting
 from .triton_probe import hopper_verdict
 
 log = logging.getLogger("LiteAttention")
@@ -28,13 +28,12 @@ _BLOCKS = {"q_desc": TILE // 2, "k_desc": TILE, "v_desc": TILE}
 def takes_hopper(device: torch.device, head_dim: int, dtype: torch.dtype, int8: bool) -> bool:
     """Whether the environment variable LITEATTENTION_HOPPER asks for the kernel, this kind of call is one of its own,
     and it has passed its self-test here."""
-    return (os.environ.get(HOPPER_ENV) == "1" and serves_hopper(architecture(device), head_dim, dtype, int8)
-            and _passes(device))
+    return setting(HOPPER_ENV) == "1" and hopper_passes(device, head_dim, dtype, int8)
 
 
-def serves_hopper(arch: str, head_dim: int, dtype: torch.dtype, int8: bool) -> bool:
-    """Whether the kernel can compute calls of this kind."""
-    return arch == "sm_90" and head_dim in (64, 128) and dtype.itemsize == 2 and not int8
+def hopper_passes(device: torch.device, head_dim: int, dtype: torch.dtype, int8: bool = False) -> bool:
+    """The same without the request."""
+    return serves_hopper(architecture(device), head_dim, dtype, int8) and _passes(device)
 
 
 @lru_cache(maxsize=None)
@@ -44,7 +43,8 @@ def _passes(device: torch.device) -> bool:
     else:
         problem = f"it is made for Triton {TRITON}, and this is {triton.__version__}"
     if problem:
-        log.warning("%s is 1, but the usual kernel is used, not the one for Hopper: %s", HOPPER_ENV, problem)
+        log.warning("LiteAttention: the kernel for Hopper (%s) cannot be used, the usual one is: %s", HOPPER_ENV,
+                    problem)
     return not problem
 
 

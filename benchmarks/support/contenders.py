@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from support.masks import TILE
@@ -90,6 +91,33 @@ def _lite(name: str, form: str, precision: str) -> Contender:
 
     without_pooled = functools.partial(build, pooled=False) if form == "default" else None
     return Contender(name, form, precision, build, without_pooled)
+
+
+def _by_hopper(contender: Contender) -> Contender:
+    """The same by the kernel for Hopper, which a run takes on request only."""
+    def asked(make: Callable[[Problem], Call]) -> Callable[[Problem], Call]:
+        def build(p: Problem) -> Call:
+            call = make(p)
+
+            def with_request() -> Tensor:
+                os.environ["LITEATTENTION_HOPPER"] = "1"
+                try:
+                    return call()
+                finally:
+                    del os.environ["LITEATTENTION_HOPPER"]
+            return with_request
+        return build
+
+    return replace(contender, precision="hopper", build=asked(contender.build),
+                   build_check=contender.build_check and asked(contender.build_check))
+
+
+def _hopper_passes(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
+    if device.type != "cuda":
+        return False  # perhaps without Triton
+    from liteattention.kernels.triton_hopper_launch import hopper_passes
+
+    return hopper_passes(device, head_dim, dtype)
 
 
 def _sdpa(name: str, backend: str | None) -> Contender:
@@ -189,6 +217,10 @@ def contenders(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple
         absent |= {f"{form} int8": reason for form in forms}
     else:
         present += [_lite(f"{form} int8", form, "int8") for form in forms]
+    if _hopper_passes(device, head_dim, dtype):
+        present += [_by_hopper(_lite(f"{form} hopper", form, "full")) for form in forms]
+    else:
+        absent |= {f"{form} hopper": "needs sm_90, Triton 3.6 and its passed self-test" for form in forms}
     others = [
         (Contender("flex", "masked", "full", _flex), "torch.nn.attention.flex_attention", "flex_attention", "torch"),
         (Contender("sage", "dense", "int8", _sage), "sageattention", "sageattn", "sageattention"),

@@ -1,8 +1,8 @@
 """Which settings the quality lab runs, on which cases, and in which order.
 
-Decided before anything ran: a candidate of `quality_candidates` goes into the pack if, against error budgets that skip
-as much, no case of the choosing half is more than 0.3 dB worse, the case with the least lead over Sol-Attn is at least
-1 dB better, and the reporting half confirms both. What has lost one case is not run on; docs/quality.md names it.
+Decided before any candidate ran: a candidate of `quality_candidates` goes into the pack if, against error budgets that
+skip as much, no case of the choosing half is more than 0.3 dB worse, the case with the least lead over Sol-Attn is at
+least 1 dB better, and the reporting half confirms both. What has lost one case is not run on; docs/quality.md names it.
 """
 
 from __future__ import annotations

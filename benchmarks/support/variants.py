@@ -56,7 +56,7 @@ def variants(arch: str) -> list[Variant]:
 
 def _hopper_variants(arch: str) -> list[Variant]:
     """The kernel for Hopper in the forms near the defaults that it takes; and of the default one, what else it has."""
-    from liteattention.kernels.triton_hopper_launch import serves_hopper
+    from liteattention.kernels.launch_table import serves_hopper
 
     taken = [form for form in forms.near_defaults(arch) if serves_hopper(arch, form.head_dim, form.dtype, form.int8)]
     return [*(Variant(arch, form, "hopper") for form in taken),

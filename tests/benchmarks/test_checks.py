@@ -92,7 +92,8 @@ def test_absent_contenders_say_why():
     present, absent = contenders(CPU, 64, torch.float32)
     assert [c.name for c in present] == ["sdpa", "unskipped full", "read full", "record full", "default full"]
     assert set(absent) == {"sdpa cudnn", "sdpa flash", "flex", "sage", "kitchen int8", "kitchen sol",
-                           *(f"{form} int8" for form in ("unskipped", "read", "record", "default"))}
+                           *(f"{form} {precision}" for form in ("unskipped", "read", "record", "default")
+                             for precision in ("int8", "hopper"))}
     assert all(len(reason) > 10 for reason in absent.values())
     assert absent["default int8"].startswith("INT8 needs the Triton backend")
 

@@ -60,7 +60,7 @@ def test_why_it_is_not_used_is_logged_once(hopper, caplog, version, verdict, sai
         assert not takes_hopper(DEVICE, 128, torch.bfloat16, False)
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"LITEATTENTION_HOPPER is 1, but the usual kernel is used, not the one for Hopper: {said}")
+        f"LiteAttention: the kernel for Hopper (LITEATTENTION_HOPPER) cannot be used, the usual one is: {said}")
 
 
 def test_a_hang_is_a_verdict_of_its_own(monkeypatch, tmp_path):
