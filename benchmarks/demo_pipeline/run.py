@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup-steps", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--frames", type=int, default=9, help="latent frames; default %(default)s")
-    parser.add_argument("--size", type=int, default=48, help="latent height and width; default %(default)s")
+    parser.add_argument("--size", type=int, default=32, help="latent height and width; default %(default)s")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for the picture; default ./out")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
@@ -117,7 +117,7 @@ def embedded(args: argparse.Namespace) -> Iterator[Sample]:
     from liteattention.runtime import ErrorBudget, LiteAttentionConfig, SamplingRun, Threshold
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_tiny_wan(ROOT / "demo" / "model" / "moving_shapes.safetensors", device=device)
+    model = load_tiny_wan(ROOT / "demo" / "model" / "tiny_wan_t2v.safetensors", device=device)
     positive, negative = (x.to(device) for x in (prompt_tokens(0, 2, 1), empty_prompt()))
     noise = comfy_noise((1, 16, args.frames, args.size, args.size), args.seed).to(device)
     rule = ErrorBudget(args.error_budget) if args.threshold is None else Threshold(args.threshold)

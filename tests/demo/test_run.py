@@ -10,7 +10,7 @@ from liteattention.benchmarks.demo_pipeline.sampler import comfy_noise, euler_fl
 from liteattention.benchmarks.demo_pipeline.wan import load_tiny_wan
 from liteattention.demo.pixels import empty_prompt, prompt_tokens
 
-MODEL = demo.ROOT / "demo" / "model" / "moving_shapes.safetensors"
+MODEL = demo.ROOT / "demo" / "model" / "tiny_wan_t2v.safetensors"
 
 
 def result(seconds, steps=10, latent=None):
