@@ -159,6 +159,18 @@ def test_the_numbers_in_the_readme_are_those_of_the_committed_runs():
         assert set(re.findall(r"([\d.]+) dB", row)) == {f"{run['psnr_db']:.1f}"}, row
 
 
+def test_the_speed_in_the_readme_is_that_of_the_committed_run():
+    path = ROOT / re.search(r"`python demo/run\.py` .*`(benchmarks/results/[\w.-]+\.json)`", README)[1]
+    run = json.loads(path.read_text(encoding="utf-8"))
+    said = " ".join(README.split())
+    own, fused, fewer = (re.search(pattern, said) for pattern in (
+        r"samples ([\d.]+) times as fast as ComfyUI's own", r"it is ([\d.]+) times as fast on this CPU",
+        r"in the same time, (\d+) steps, is at ([\d.]+) dB"))
+    assert own[1] == f"{run['dense_seconds'] / run['seconds']:.2f}"
+    assert fused[1] == f"{run['fused']['dense_seconds'] / run['fused']['seconds']:.2f}"
+    assert fewer.groups() == (str(run["fewer_steps"]["steps"]), f"{run['fewer_steps']['psnr_db']:.1f}")
+
+
 def test_results_name_command_and_versions():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         run = json.loads(path.read_text(encoding="utf-8"))
