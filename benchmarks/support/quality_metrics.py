@@ -35,17 +35,6 @@ def ssim(a: Tensor, b: Tensor) -> float:
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean().item()
 
 
-def quantile(values: Tensor, share: float) -> float:
-    """The value that `share` of all values do not exceed (torch.quantile refuses more than 16 million)."""
-    flat = values.flatten()
-    return flat.kthvalue(max(1, math.ceil(share * flat.numel()))).values.item()
-
-
-def relative_l2(out: Tensor, expected: Tensor) -> float:
-    """|out - expected| / |expected| over everything."""
-    return ((out - expected).norm() / expected.norm()).item()
-
-
 def interpolate(points: list[tuple[float, float]], at: float) -> float | None:
     """y of the polyline through (x, y) points at x = `at`; None outside their range. Of points with equal x the
     highest y counts."""
@@ -59,8 +48,3 @@ def interpolate(points: list[tuple[float, float]], at: float) -> float | None:
         if at <= x1:
             return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
     return line[0][1]
-
-
-def mean_or_none(values: list[float | None]) -> float | None:
-    """Mean, or None where one is missing: means over different sets of prompts do not compare."""
-    return None if not values or any(v is None for v in values) else sum(values) / len(values)
