@@ -35,7 +35,7 @@ class Simulated:
 
     def choose_levels(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """log2 thresholds [B, H] of a layer, from its first recording pass."""
-        return torch.full(q.shape[:2], self.level(-(-q.shape[2] // self.rules.tile)))
+        return torch.full(q.shape[:2], self.level(-(-q.shape[2] // self.rules.key_tile)))
 
     def before(self, layer: int, evaluation: int) -> None:
         """Changes to a layer's mask before a call."""
@@ -68,7 +68,7 @@ class ByUniformity(Simulated):
 
     def choose_levels(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         uniformity = torch.zeros(q.shape[:2])
-        for c in chunks(q, k, self.rules.tile):
+        for c in chunks(q, k, self.rules.tile, self.rules.key_tile):
             share = c.mass / c.mass.sum(-1, keepdim=True)
             effective = torch.special.entr(share).sum(-1).exp() / share.shape[1]
             uniformity[c.b, c.h] += effective[:c.rows.stop - c.rows.start].sum() / q.shape[2]
@@ -81,7 +81,7 @@ class EqualError(Simulated):
 
     def choose_levels(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dense = F.scaled_dot_product_attention(q, k, v)
-        key_tiles = -(-q.shape[2] // self.rules.tile)
+        key_tiles = -(-q.shape[2] // self.rules.key_tile)
         chosen = torch.full(q.shape[:2], -math.inf)
         for budget in LOSS_BUDGETS:
             levels = torch.full(q.shape[:2], self.level(key_tiles, budget))
@@ -134,6 +134,8 @@ CANDIDATES: dict[str, Callable[[float, int], Simulated]] = {
     "budget or threshold": lambda budget, total: Part(budget, total, criterion="either", second=-5.0),
     "budget and threshold agree": lambda budget, total: Part(budget, total, criterion="both", second=-3.0),
     "re-recorded where moved": lambda budget, total: RerecordedWhereMoved(budget, total, 0.3),
+    "pooled mass by variance": lambda budget, total: Part(budget, total, mass_cap=0.7),
+    "key tiles of 64": lambda budget, total: Part(budget, total, key_tile=64),
     "budget x uniformity": lambda budget, total: ByUniformity(budget, total, 1.0),
     "budget / uniformity": lambda budget, total: ByUniformity(budget, total, -1.0),
 }

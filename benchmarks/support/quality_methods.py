@@ -20,20 +20,23 @@ class Rules:
     """How a simulated call chooses tiles.
 
     Attributes:
-        tile: tokens per tile side.
+        tile, key_tile: query and key tokens of a tile.
         criterion: "max", "mass", "both" (a row votes to drop a tile when both tests do) or "either".
         second: log2 threshold of the max test in "both" and "either".
         pool_skipped: skipped tiles are represented by their means.
         covariance: and by the covariance of keys and values inside tiles.
         weighted: thresholds are divided by the fraction that pooling loses.
+        mass_cap: pooled tiles weigh exp(variance / 2) more, as of scores that are normal, and at most exp(this).
     """
 
     tile: int = 128
+    key_tile: int = 128
     criterion: str = "mass"
     second: float = -4.0
     pool_skipped: bool = True
     covariance: bool = True
     weighted: bool = True
+    mass_cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Chunk:
 
     Attributes:
         b, h, tiles: where it stands; `tiles` are query tiles. rows: tokens (without those past the end).
-        queries: [R, D] scaled; scores: [R, KT, T]; weights: exp(scores - top); top: [R, 1].
+        queries: [R, D] scaled; scores: [R, KT, T], T keys in a tile; weights: exp(scores - top); top: [R, 1].
         mass: [R, KT], sums of weights.
     """
 
@@ -73,7 +76,7 @@ class Chunk:
 
     def per_row(self, by_tile: Tensor) -> Tensor:
         """[query tiles of the chunk, KT] -> [R, KT]."""
-        return by_tile.repeat_interleave(self.scores.shape[-1], 0)
+        return by_tile.repeat_interleave(len(self.scores) // (self.tiles.stop - self.tiles.start), 0)
 
 
 def pad_tokens(x: Tensor, tile: int) -> Tensor:
@@ -81,12 +84,12 @@ def pad_tokens(x: Tensor, tile: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[-2] % tile))
 
 
-def chunks(q: Tensor, k: Tensor, tile: int) -> Iterator[Chunk]:
+def chunks(q: Tensor, k: Tensor, tile: int, key_tile: int) -> Iterator[Chunk]:
     """All scores of a call, a few query tiles at a time."""
     batch, heads, seqlen, head_dim = q.shape
     per_chunk = max(1, CHUNK // tile)
     q_tiles = -(-seqlen // tile)
-    keys = pad_tokens(k, tile)
+    keys = pad_tokens(k, key_tile)
     for b in range(batch):
         for h in range(heads):
             for first in range(0, q_tiles, per_chunk):
@@ -96,9 +99,9 @@ def chunks(q: Tensor, k: Tensor, tile: int) -> Iterator[Chunk]:
                 scores = queries @ keys[b, h].T
                 scores[:, seqlen:] = -math.inf
                 top = scores.amax(-1, keepdim=True)
-                weights = (scores - top).exp_().unflatten(-1, (-1, tile))
+                weights = (scores - top).exp_().unflatten(-1, (-1, key_tile))
                 yield Chunk(b, h, slice(first, last), slice(first * tile, min(last * tile, seqlen)), queries,
-                            scores.unflatten(-1, (-1, tile)), weights, top, weights.sum(-1))
+                            scores.unflatten(-1, (-1, key_tile)), weights, top, weights.sum(-1))
 
 
 @dataclass(frozen=True)
@@ -123,15 +126,16 @@ def means(k: Tensor, v: Tensor, tile: int) -> Means:
     return Means(keys, values, counts.log(), dk.mT @ dv / seqlen, dk.mT @ dk / seqlen)
 
 
-def visit_order(q_tiles: Tensor, key_tiles: int, ragged: bool, backwards: bool) -> Tensor:
-    """Key tiles [len(q_tiles), KT] in the order of a recording pass (see `lite_attention`)."""
+def visit_order(q_tiles: Tensor, key_tiles: int, ragged: bool, backwards: bool, per_query_tile: int = 1) -> Tensor:
+    """Key tiles [len(q_tiles), KT] in the order of a recording pass (see `lite_attention`); `per_query_tile` of them
+    have the tokens of one query tile."""
     rank = torch.arange(key_tiles, device=q_tiles.device).expand(len(q_tiles), -1).clone()
     if backwards:
         rank = key_tiles - rank
-    rank[rank.new_tensor(range(key_tiles)) == q_tiles[:, None]] = -1
+    rank[rank.new_tensor(range(key_tiles)) // per_query_tile == q_tiles[:, None]] = -1
     if ragged:
         rank[:, -1] = key_tiles + 1
-    return rank.argsort(-1)
+    return rank.argsort(stable=True, dim=-1)
 
 
 def decide(c: Chunk, keep: Tensor, level: float, rules: Rules, ragged: bool, backwards: bool,
@@ -142,7 +146,7 @@ def decide(c: Chunk, keep: Tensor, level: float, rules: Rules, ragged: bool, bac
         keep: what was computed. level: log2 threshold. lost: [R, 1], the fraction that pooling loses, or None.
     """
     order = visit_order(torch.arange(c.tiles.start, c.tiles.stop, device=keep.device), keep.shape[-1], ragged,
-                        backwards)
+                        backwards, rules.tile // rules.key_tile)
     by_row, here = c.per_row(order), c.per_row(keep)
 
     def threshold(log2: float) -> Tensor:
@@ -162,7 +166,7 @@ def decide(c: Chunk, keep: Tensor, level: float, rules: Rules, ragged: bool, bac
     stays = {"mass": lambda: by_mass(level), "max": lambda: by_max(level),
              "both": lambda: by_mass(level) | by_max(rules.second),
              "either": lambda: by_mass(level) & by_max(rules.second)}[rules.criterion]()
-    stays = stays.unflatten(0, (-1, c.scores.shape[-1])).any(1)
+    stays = stays.unflatten(0, (-1, rules.tile)).any(1)
     return keep & torch.zeros_like(keep).scatter_(1, order, stays)
 
 
@@ -173,13 +177,13 @@ def simulate(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, levels: Tenso
     Args:
         keep: bool [B, H, QT, KT] or None = all. levels: [B, H], log2 thresholds; -inf keeps every tile.
     """
-    tile, seqlen = rules.tile, q.shape[2]
-    key_tiles = -(-seqlen // tile)
-    keep = q.new_ones(*q.shape[:2], key_tiles, key_tiles, dtype=torch.bool) if keep is None else keep
+    tile, seqlen = rules.key_tile, q.shape[2]
+    keep = q.new_ones(*q.shape[:2], -(-seqlen // rules.tile), -(-seqlen // tile), dtype=torch.bool) if keep is None \
+        else keep
     kept_next, out = keep.clone(), torch.empty_like(q)
     values = pad_tokens(v, tile)
     stand = means(k, v, tile) if rules.pool_skipped else None
-    for c in chunks(q, k, tile):
+    for c in chunks(q, k, rules.tile, tile):
         mine, lost = keep[c.b, c.h, c.tiles], None
         if stand is not None:
             variance = ((c.queries @ stand.spread[c.b, c.h]) * c.queries).sum(-1, keepdim=True).clamp_min(0)
@@ -191,7 +195,8 @@ def simulate(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, levels: Tenso
         weights = c.weights * here.unsqueeze(-1)
         top, total = weights.flatten(1) @ values[c.b, c.h], (c.mass * here).sum(-1, keepdim=True)
         if stand is not None:
-            w = (c.queries @ stand.keys[c.b, c.h].T + stand.log_counts - c.top).exp() * ~here
+            more = (0.5 * variance).clamp_max(rules.mass_cap)
+            w = (c.queries @ stand.keys[c.b, c.h].T + stand.log_counts - c.top + more).exp() * ~here
             added = w.sum(-1, keepdim=True)
             top, total = top + w @ stand.values[c.b, c.h], total + added
             if rules.covariance:

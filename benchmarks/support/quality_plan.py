@@ -56,7 +56,7 @@ def tried(cases: list[Case], bold: int) -> list[tuple[Case, Setting]]:
 
 def donated(case: Case) -> list[Setting]:
     """Masks of a donor, where the case has one."""
-    return [Setting(DONOR, "donor", x) for x in (0.3, 1.0) if case.donor]
+    return [Setting(DONOR, "donor", x) for x in (0.3, 1.0, 2.0) if case.donor]
 
 
 def others(case: Case) -> list[Setting]:

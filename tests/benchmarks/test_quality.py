@@ -89,7 +89,7 @@ def test_curves_are_compared_case_by_case():
 def loop(q, k, v, keep, level, rules, backwards):
     """One head in float64 by the words of docs/quality.md, row by row: output, kept next."""
     q, k, v = (x.double() for x in (q, k, v))
-    tile, seqlen, head_dim = rules.tile, *q.shape
+    tile, seqlen, head_dim = rules.key_tile, *q.shape
     spans = [range(i, min(i + tile, seqlen)) for i in range(0, seqlen, tile)]
     kbar, vbar = (torch.stack([x[list(s)].mean(0) for s in spans]) for x in (k, v))
     dk, dv = (torch.cat([x[list(s)] - m[i] for i, s in enumerate(spans)]) for x, m in ((k, kbar), (v, vbar)))
@@ -97,10 +97,11 @@ def loop(q, k, v, keep, level, rules, backwards):
     scores = q @ k.T * head_dim ** -0.5
     out, stays = torch.zeros_like(q), torch.zeros_like(keep)
     for i in range(seqlen):
-        own = i // tile
+        own = i // rules.tile
+        near = [t for t in range(len(spans)) if spans[t].start // rules.tile == own]
         whole = [t for t in range(len(spans)) if len(spans[t]) == tile]
-        order = [t for t in (whole[::-1] if backwards else whole) if t != own]
-        order = [t for t in [own] if t in whole] + order + [t for t in range(len(spans)) if t not in whole]
+        order = [t for t in (whole[::-1] if backwards else whole) if t not in near]
+        order = [t for t in near if t in whole] + order + [t for t in range(len(spans)) if t not in whole]
         order = [t for t in order if keep[own, t]]
         s2 = (q[i] @ spread @ q[i]).item() / head_dim
         bars = [x * math.log(2) for x in (level, level if rules.criterion == "max" else rules.second)]
@@ -121,7 +122,7 @@ def loop(q, k, v, keep, level, rules, backwards):
         if rules.pool_skipped:
             added = 0.0
             for t in (t for t in range(len(spans)) if not keep[own, t]):
-                w = len(spans[t]) * math.exp((q[i] @ kbar[t]).item() * head_dim ** -0.5)
+                w = len(spans[t]) * math.exp((q[i] @ kbar[t]).item() * head_dim ** -0.5 + min(s2 / 2, rules.mass_cap))
                 numerator, total, added = numerator + w * vbar[t], total + w, added + w
             if rules.covariance:
                 numerator = numerator + added * math.exp(-s2 / 2) * (q[i] @ shift) * head_dim ** -0.5
@@ -130,15 +131,16 @@ def loop(q, k, v, keep, level, rules, backwards):
 
 
 @pytest.mark.parametrize("changes", [{}, {"covariance": False}, {"weighted": False}, {"pool_skipped": False},
-                                     {"criterion": "max", "pool_skipped": False},
+                                     {"key_tile": 8}, {"mass_cap": 0.1}, {"criterion": "max", "pool_skipped": False},
                                      {"criterion": "both", "second": -1.0}, {"criterion": "either", "second": -1.0}],
                          ids=str)
 @pytest.mark.parametrize("backwards", [False, True])
 def test_simulation_against_a_plain_loop(changes, backwards):
-    rules, level = Rules(tile=16, **changes), -1.0 if "max" in changes.values() else -2.0
+    rules, level = Rules(**{"tile": 16, "key_tile": 16, **changes}), -1.0 if "max" in changes.values() else -2.0
     q, k, v = inputs(seqlen=88, heads=1, scale=0.5)
-    keep = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(2)) < 0.7
-    keep |= torch.eye(6, dtype=torch.bool)
+    keep = torch.rand(1, 1, 6, 96 // rules.key_tile, generator=torch.Generator().manual_seed(2)) < 0.7
+    keep |= torch.eye(6, dtype=torch.bool).repeat_interleave(16 // rules.key_tile, 1)
+    keep = keep[..., :-(-88 // rules.key_tile)]
     got = simulate(q, k, v, keep, torch.full((1, 1), level), rules, backwards)
     out, stays = loop(q[0, 0], k[0, 0], v[0, 0], keep[0, 0], level, rules, backwards)
     torch.testing.assert_close(got.out[0, 0].double(), out, atol=2e-5, rtol=2e-5)
