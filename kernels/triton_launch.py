@@ -199,12 +199,14 @@ def _attend_pooled(q: Tensor, k: Tensor, v: Tensor, out: Tensor, masks: Tensor, 
     keys, values = (torch.empty(batch, heads, k_tiles, head_dim, dtype=k.dtype, device=k.device) for _ in range(2))
     chunk_tiles = -(-k_tiles // POOL_CHUNKS)
     n_chunks = -(-k_tiles // chunk_tiles)
+    # At 64 keys gfx11 has no registers left.
+    block_n = 64 if k.itemsize == 2 and not architecture(k.device).startswith("gfx11") else 32
     partial = torch.empty(batch, heads, n_chunks, 2, head_dim, head_dim, dtype=torch.float32, device=k.device)
     pool_kernel[(batch * heads * n_chunks * 2,)](
         k_ptr=k, v_ptr=v, keys_ptr=keys, values_ptr=values, moments_ptr=partial, **_strides(k=k, v=v), n_heads=heads,
         seqlen=seqlen_k, n_tiles=k_tiles, n_chunks=n_chunks, chunk_tiles=chunk_tiles, TILE=TILE,
-        BLOCK_N=64 if k.itemsize == 2 else 32, D=head_dim, D_PADDED=_padded(head_dim), PRECISION=common["PRECISION"],
-        num_warps=8, num_stages=1)
+        BLOCK_N=block_n, D=head_dim, D_PADDED=_padded(head_dim), PRECISION=common["PRECISION"], num_warps=8,
+        num_stages=1)
     moments = partial.sum(2)
     # Divided by its largest element, a covariance fits into float16 whatever the range of k and v.
     largest = torch.linalg.vector_norm(moments, math.inf, (-1, -2)).clamp_min_(1e-20)
