@@ -52,7 +52,7 @@ def allocation_guard() -> AbstractContextManager:
 
 
 def devices(patcher: Any) -> list[torch.device]:
-    """Where runs with this ModelPatcher evaluate networks: on its device, and on those of *MultiGPU Work Units*."""
+    """Where runs with this ModelPatcher evaluate networks: on its device, and on those of *MultiGPU CFG Split*."""
     clones = getattr(patcher, "get_additional_models_with_key", lambda key: [])("multigpu")
     return list(dict.fromkeys(model.load_device for model in (patcher, *clones)))
 

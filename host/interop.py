@@ -169,7 +169,7 @@ class Evaluations:
 
 
 class WorkUnits:
-    """On which device each row of a run is evaluated, where *MultiGPU Work Units* spreads the rows over several."""
+    """On which device each row of a run is evaluated, where *MultiGPU CFG Split* spreads the rows over several."""
 
     def __init__(self) -> None:
         self._devices: dict[Hashable, torch.device] = {}

@@ -23,7 +23,7 @@ def other(model_folder):
 
 @pytest.fixture
 def workers(other):
-    """Makes a patched model run like with *MultiGPU Work Units*: two networks, each in a thread."""
+    """Makes a patched model run like with *MultiGPU CFG Split*: two networks, each in a thread."""
 
     def spread(model):
         second = other.clone()

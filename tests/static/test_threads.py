@@ -1,4 +1,4 @@
-"""ComfyUI's *MultiGPU Work Units* calls from one thread for each GPU: the first calls of a kernel come at once."""
+"""ComfyUI's *MultiGPU CFG Split* calls from one thread for each GPU: the first calls of a kernel come at once."""
 
 import threading
 from types import SimpleNamespace
