@@ -47,6 +47,7 @@ class _HungRun:
     ordinary: Hashable
     moving_windows: bool
     evaluations: interop.Evaluations
+    work_units: interop.WorkUnits
 
 
 def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = None,
@@ -215,6 +216,8 @@ def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Te
     run = hung.run
     try:
         rows, window = model_call.row_names(options, x.shape[0]), model_call.window_key(options)
+        if hung.work_units.moved(options, rows, window):
+            run.notes.add("a prompt has moved to another GPU in mid-run; its masks start anew there")
         unsupported = families.stays_dense(module, keywords, options)
         if unsupported is not None:  # said also where no call reaches the override
             run.notes.add(f"attention stays dense. {unsupported.meaning}")
@@ -254,10 +257,7 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
         original_options = guider.model_options
         try:
             guider.model_options = _with_run(original_options, run, owner)
-            # Before the first step, not inside it: the first question on a machine takes a while.
-            if device.type != "cpu":
-                progress.show("starting; the first run on a machine checks and compiles its kernels", node_id)
-            run.sparse.backend(device)
+            _ask_backends(run, compat.devices(guider.model_patcher), node_id)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(run, callback),
                               disable_pbar, seed, **kwargs)
             _finish(run, handle, guider)
@@ -268,6 +268,15 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
 
     setattr(outer_sample, _HANDLE, handle)
     return outer_sample
+
+
+def _ask_backends(run: SamplingRun, devices: list[torch.device], node_id: str | None) -> None:
+    """Before the first step, not inside it: the first question on a machine takes a while, and with several GPUs each
+    would be asked in a thread of its own."""
+    if any(device.type != "cpu" for device in devices):
+        progress.show("starting; the first run on a machine checks and compiles its kernels", node_id)
+    for device in devices:
+        run.sparse.backend(device)
 
 
 def run_handle(model: Any) -> RunHandle | None:
@@ -288,7 +297,7 @@ def _with_run(model_options: dict, run: SamplingRun, owner: object) -> dict:
             return options
         transformer_options[KEY] = _HungRun(run, owner, model_call.pass_fingerprint(transformer_options),
                                             model_call.windows_move(options),
-                                            interop.Evaluations(run.begin_evaluation))
+                                            interop.Evaluations(run.begin_evaluation), interop.WorkUnits())
     except Exception as error:
         run.notes.add(f"the model's options are not understood; attention stays dense. {_text(error)}")
     return options

@@ -51,6 +51,12 @@ def allocation_guard() -> AbstractContextManager:
     return pause() if pause is not None else nullcontext()
 
 
+def devices(patcher: Any) -> list[torch.device]:
+    """Where runs with this ModelPatcher evaluate networks: on its device, and on those of *MultiGPU CFG Split*."""
+    clones = getattr(patcher, "get_additional_models_with_key", lambda key: [])("multigpu")
+    return list(dict.fromkeys(model.load_device for model in (patcher, *clones)))
+
+
 def attention_name(function: Callable) -> str:
     """Display name, without a path, of an attention: one of ComfyUI's own, or an override and the pack that it comes
     from."""

@@ -166,3 +166,20 @@ class Evaluations:
             if sigmas is not None and self._first == (model, window):
                 self._begun()
         return present
+
+
+class WorkUnits:
+    """On which device each row of a run is evaluated, where *MultiGPU CFG Split* spreads the rows over several."""
+
+    def __init__(self) -> None:
+        self._devices: dict[Hashable, torch.device] = {}
+
+    def moved(self, options: Mapping, rows: Sequence[Hashable] | None, window: Hashable) -> bool:
+        """Whether a pass with these transformer_options has a row that another device had before. ComfyUI deals the
+        rows out anew where a conditioning begins or ends in mid-run."""
+        device = options.get("multigpu_thread_device")
+        if device is None or rows is None:
+            return False
+        before = [self._devices.get((window, row), device) for row in rows]
+        self._devices.update({(window, row): device for row in rows})
+        return any(held != device for held in before)

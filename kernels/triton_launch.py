@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext, suppress
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch_table import LaunchConfig, architecture, launch_config
@@ -92,7 +95,9 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
     common = {"n_heads": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "TILE": TILE, "D": head_dim,
               "D_PADDED": _padded(head_dim), "MASS": mass,
               "PRECISION": "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"}
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    kind = (device, q.dtype, *map(_layout, (q, k, v, computed)), lse is None, must_keep is None, recording, mass, int8,
+            pool_skipped, hopper, config)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _alone_at_first(kind):
         if int8:
             threshold -= INT8_GUARD
         threshold = 2.0 ** threshold if mass else threshold
@@ -120,6 +125,33 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
                 for m, _ in entries:
                     m.reset()
             raise
+
+
+_compiling = threading.Lock()
+_compiled: set[Hashable] = set()
+"""Kinds of calls whose kernels are loaded in this process."""
+
+
+@contextmanager
+def _alone_at_first(kind: Hashable) -> Iterator[None]:
+    """Holds other threads off while a call that is the first of its kind compiles and loads its kernels.
+
+    Threads that ask for one kernel at once each compile it, and on one GPU each load it; in turn, the thread of another
+    GPU finds it in the cache on disk. The interpreter has one position in the grid for a whole process: there every
+    call is alone.
+    """
+    if kind in _compiled:
+        yield
+        return
+    with _compiling:
+        yield
+        if isinstance(attention_kernel, JITFunction):
+            _compiled.add(kind)
+
+
+def _layout(x: Tensor | None) -> Hashable:
+    """All of a tensor that Triton compiles for."""
+    return None if x is None else (x.shape, x.stride(), x.data_ptr() % 16)
 
 
 def _tile_lists(masks: Tensor, recording: bool, must_keep: MustKeep | None, computed: Tensor | None, heads: int,

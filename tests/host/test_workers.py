@@ -11,38 +11,28 @@ from host_kit import LAYERS, Kit, dense_calls
 from liteattention.runtime import RunHandle, compute
 
 multigpu = pytest.importorskip("comfy.multigpu", reason="this ComfyUI has no multi-GPU workers")
-DEVICES = [torch.device("cpu"), torch.device("cpu", 0)]
-"""One device under two names: ComfyUI sees two, the tensors are where they are."""
+SECOND = torch.device("cpu", 0)
+"""The CPU under another name: ComfyUI sees two devices, the tensors are where they are."""
 
 
 @pytest.fixture(scope="module")
 def other(model_folder):
     """The same model once more, as ComfyUI loads it for a second device."""
-    model = Kit(model_folder).model
-    comfy.model_management.load_models_gpu([model])
-    model.pre_run()
-    return model
+    return Kit(model_folder).model
 
 
 @pytest.fixture
 def workers(other):
-    """Makes a patched model run like with the MultiGPU node: two networks, each in a thread."""
-    pools = []
+    """Makes a patched model run like with *MultiGPU CFG Split*: two networks, each in a thread."""
 
     def spread(model):
-        def sampler_sample(executor, guider, sigmas, extra_args, *args, **kwargs):
-            pools.append(multigpu.MultiGPUThreadPool(DEVICES))
-            clones = dict(zip(DEVICES, [guider.model_patcher, other], strict=True))
-            extra_args["model_options"] |= {"multigpu_clones": clones, "multigpu_thread_pool": pools[-1]}
-            return executor(guider, sigmas, extra_args, *args, **kwargs)
-
+        second = other.clone()
+        second.load_device, second.is_multigpu_base_clone = SECOND, True
         spread_model = model.clone()
-        spread_model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, "test", sampler_sample)
+        spread_model.set_additional_models("multigpu", [second])
         return spread_model
 
-    yield spread
-    for pool in pools:
-        pool.shutdown()
+    return spread
 
 
 def test_workers_share_a_run_and_no_mask(kit, workers, runs, monkeypatch):
@@ -72,6 +62,32 @@ def test_workers_share_a_run_and_no_mask(kit, workers, runs, monkeypatch):
     assert one.keys() == many.keys() and len(one) == 4 * LAYERS
     assert all(torch.equal(one[name], many[name]) for name in one)
     assert summary.skipped == pytest.approx(runs[0].close().skipped, abs=1e-9)
+
+
+def test_every_device_is_asked_for_its_backend_before_the_first_step_and_not_in_a_thread(kit, workers, monkeypatch):
+    asked, steps, ask = [], [], compute.resolve_backend
+
+    def watched(device, *args):
+        asked.append((device, threading.current_thread(), len(steps)))
+        return ask(device, *args)
+
+    monkeypatch.setattr(compute, "resolve_backend", watched)
+    kit.sample(workers(kit.lite()), steps=2, callback=lambda step, *args: steps.append(step))
+    assert asked == [(torch.device("cpu"), threading.main_thread(), 0), (SECOND, threading.main_thread(), 0)]
+
+
+def test_a_prompt_that_moves_to_another_device_starts_anew_there_and_says_so(kit, workers, runs):
+    """A second negative prompt begins in mid-run, and the first one goes over to the device of the positive one."""
+    tokens = kit.negative[0][0]
+    later = [tokens * 0.5, {"start_percent": 0.5, "end_percent": 1.0}]
+    handle = RunHandle()
+    kit.sample(workers(kit.lite(handle=handle)), negative=[*kit.negative, later])
+    assert [note for note in handle.summary.notes if "moved to another GPU" in note] == handle.summary.notes != []
+    assert dense_calls(handle.summary) == {"cross-attention": handle.summary.sparse_calls}
+    passes = {}
+    for (key, row), count in runs[0].passes.items():
+        passes.setdefault(row, {})[key.model] = count
+    assert sorted(sorted(counts.values()) for counts in passes.values()) == [[2], [2, 2], [4]]
 
 
 def test_an_interrupt_in_a_worker_ends_the_run_clean(kit, workers, runs):
