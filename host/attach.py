@@ -69,7 +69,7 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
     if missing := compat.missing():
         text = f"LiteAttention is off: this ComfyUI has no {', '.join(missing)}. Update LiteAttention"
         log.warning(text)
-        progress.show(text, node_id)
+        progress.show(node_id, [text], progress.running_workflow())
         return model
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
@@ -247,34 +247,35 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
         chosen = next(iter(chosen_attention.chosen(interop.network(guider.model_patcher))), None)
         carried, why_none = continue_from.carried() if continue_from is not None else (None, "")
         handle.start(progress.prompt_id())
-        ticker = progress.Ticker(node_id)
+        display = progress.NodeDisplay(node_id)
         run = SamplingRun(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed,
                           carried=carried, continued=handle.continued,
-                          on_step=lambda report: ticker.show(report.text),
+                          on_step=display.step,
                           faster_dense=faster_dense(fallback or chosen, device))
         if why_none:
             run.notes.add(f"continue_from: {why_none}; the masks start anew")
         original_options = guider.model_options
         try:
             guider.model_options = _with_run(original_options, run, owner)
-            _ask_backends(run, compat.devices(guider.model_patcher), node_id)
+            _ask_backends(run, compat.devices(guider.model_patcher), display)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(run, callback),
                               disable_pbar, seed, **kwargs)
             _finish(run, handle, guider)
             return result
         finally:
             guider.model_options = original_options
-            _close(run, handle, node_id, guider.model_patcher)
+            _close(run, handle, display, guider.model_patcher)
 
     setattr(outer_sample, _HANDLE, handle)
     return outer_sample
 
 
-def _ask_backends(run: SamplingRun, devices: list[torch.device], node_id: str | None) -> None:
+def _ask_backends(run: SamplingRun, devices: list[torch.device],
+                  display: progress.NodeDisplay) -> None:
     """Before the first step, not inside it: the first question on a machine takes a while, and with several GPUs each
     would be asked in a thread of its own."""
     if any(device.type != "cpu" for device in devices):
-        progress.show("starting; the first run on a machine checks and compiles its kernels", node_id)
+        display.say("starting; the first run on a machine checks and compiles its kernels")
     for device in devices:
         run.sparse.backend(device)
 
@@ -329,21 +330,21 @@ def _finish(run: SamplingRun, handle: RunHandle, guider: Any) -> None:
         run.notes.add(f"the masks of this run are lost to later nodes. {_text(error)}")
 
 
-def _close(run: SamplingRun, handle: RunHandle, node_id: str | None, patcher: Any) -> None:
+def _close(run: SamplingRun, handle: RunHandle, display: progress.NodeDisplay, patcher: Any) -> None:
     """However the run has ended. Never raises: its caller has to see the latent, or the error of the run."""
     handle.summary = None
     try:
         handle.summary = replace(run.close(), environment=environment(patcher))
-        _show(handle.summary, node_id)
+        _show(handle.summary, display)
     except Exception:
         # As text: a log that keeps its records would keep the run.
         log.error("LiteAttention: the run summary is lost. %s", traceback.format_exc())
 
 
-def _show(summary: RunSummary, node_id: str | None) -> None:
+def _show(summary: RunSummary, display: progress.NodeDisplay) -> None:
     log.info("LiteAttention: %s", summary.text())
     log.debug("LiteAttention run summary %s", json.dumps(summary.to_dict()))
-    progress.show(summary.node_text(), node_id)
+    display.finish(summary)
 
 
 def _text(error: Exception) -> str:

@@ -8,9 +8,12 @@ from comfy_api.latest import io, ui
 
 from ..host import run_handle
 from ..report import compare_clips, draw_run, mask_pictures, run_summary
-from ..runtime import parse_blocks
+from ..runtime import RunHandle, RunSummary, parse_blocks
 
 _FRAMES_MAX, _GAIN_MAX = 8, 64.0
+
+NOT_ON_MODEL = "the model has no LiteAttention on it (bypassed or not connected)"
+NO_RUN = "no sampling run of this model has finished; connect the latent of the sampler that uses it to samples"
 
 
 class LiteAttentionReport(io.ComfyNode):
@@ -59,19 +62,15 @@ class LiteAttentionReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples: dict, layers: str = "", heads: str = "") -> io.NodeOutput:
-        handle = run_handle(model)
-        if handle is None:
-            raise ValueError("model has no LiteAttention on it; connect the model that comes from a LiteAttention node "
-                             "and goes into the sampler.")
-        if handle.summary is None:
-            raise ValueError("No sampling run of this model has finished yet; connect the latent of the sampler that "
-                             "uses it to samples, so that this node waits for it.")
-        stats = handle.summary.to_dict()
+        # Without a run there is nothing to report, and still a latent that has to get on: never an error.
+        handle = run_handle(model) or RunHandle()
+        summary = handle.summary or RunSummary.off(NO_RUN if run_handle(model) else NOT_ON_MODEL)
+        stats = summary.to_dict()
         pictures = [] if handle.masks is None else mask_pictures(
             handle.masks.by_layer(), parse_blocks(layers).holds, parse_blocks(heads).holds,
             handle.layout.frame_edges if handle.layout is not None else lambda seqlen: ())
-        plot, summary = draw_run(stats, pictures), run_summary(stats)
-        return io.NodeOutput(samples, plot, summary, json.dumps(stats), ui=ui.PreviewImage(plot, cls=cls))
+        plot = draw_run(stats, pictures)
+        return io.NodeOutput(samples, plot, run_summary(stats), json.dumps(stats), ui=ui.PreviewImage(plot, cls=cls))
 
 
 class LiteAttentionCompare(io.ComfyNode):

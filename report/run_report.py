@@ -53,6 +53,9 @@ def draw_run(stats: Mapping[str, Any], masks: Sequence[MaskPicture] = ()) -> tor
     """
     canvas = Canvas(WIDTH, HEIGHT)
     inside = canvas.box.inset(GAP, GAP, GAP, GAP)
+    if not stats["plan"]:  # of no run
+        _nothing(canvas, inside, stats["headline"])
+        return canvas.tensor()
     _figures(canvas, Box(inside.left, inside.top, inside.right, inside.top + 150), stats)
     middle = Box(inside.left, inside.top + 150 + GAP, inside.right, inside.top + 580)
     split = inside.left + inside.width * 11 // 20
@@ -237,6 +240,8 @@ def _nothing(canvas: Canvas, box: Box, why: str) -> None:
 
 def run_summary(stats: Mapping[str, Any]) -> str:
     """The run in a few lines of text."""
+    if not stats["plan"]:  # of no run
+        return f"{stats['headline']}."
     sparse, dense = stats["sparse_calls"], sorted(stats["dense_calls"].items(), key=lambda item: -item[1])
     lines = [f"{stats['headline']}.",
              f"{stats['steps_done']} of {stats['total_steps']} steps: {stats['plan']}; {stats['rule']}."]

@@ -10,8 +10,6 @@ from .schedule import NO_STEP_LEFT, RECORDS_ONLY
 from .timing import TimeSaved
 
 MB = 2**20
-NODE_LINE = ";\n"
-"""Between the lines of a text on the node: the frontend's newer nodes show a line break as a space."""
 
 LITTLE_SKIPPED = 0.05
 SMALL_SHARE = 0.2
@@ -52,14 +50,14 @@ class StepReport:
     phase: str
     saved: TimeSaved | None = None
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         """Two short lines for the node: it shows hardly three, of 40 characters."""
         now = "no attention ran" if self.skipped is None else f"skipped {self.skipped:.0%}"
         lines = [f"step {self.step}/{self.total_steps} ({self.phase}): {now}, run {self.skipped_so_far:.0%}"]
         if self.saved is not None:
             seconds = self.saved.dense_seconds - self.saved.sparse_seconds
             lines.append(f"attention: {abs(seconds):.1f} s {'saved' if seconds >= 0 else 'more'} so far")
-        return NODE_LINE.join(lines)
+        return lines
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,13 @@ class RunSummary:
     advice: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def off(cls, why: str) -> RunSummary:
+        """Of no run at all, for where one was to be shown."""
+        return cls(plan="", rule="", steps_done=0, total_steps=0, forward_passes=0, sparse_calls=0, dense_calls={},
+                   tiles_computed=0, tiles_total=0, dense_tiles=0, skipped_per_step=[], layers={}, mask_bytes=0,
+                   tokens=0, unreached=why)
+
     @property
     def skipped(self) -> float:
         """Share of the run's self-attention tiles that were not computed, 0..1."""
@@ -155,10 +160,6 @@ class RunSummary:
     def text(self) -> str:
         """One readable line, for the log."""
         return "; ".join(self.lines())
-
-    def node_text(self) -> str:
-        """The same for the node, line by line."""
-        return NODE_LINE.join(self.lines())
 
     def headline(self) -> str:
         """On, or why not; how much was skipped, how fast, and the first thing to change."""

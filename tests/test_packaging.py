@@ -40,7 +40,7 @@ def test_the_registry_gets_the_pack_and_nothing_else():
     code = {"kernels", "runtime", "report", "host", "nodes"}
     assert folders == code | {"workflows", "web", "locales", "demo"}
     pages = {f for f in tracked() if f.startswith(("web/docs/", "locales/"))}
-    assert len(pages) >= 10 and pages <= set(files)
+    assert len(pages) >= 10 and pages <= set(files) and "web/liteattention.js" in files
     assert {f for f in files if "/" not in f} == {"__init__.py", "README.md", "LICENSE", "CHANGELOG.md",
                                                   "pyproject.toml", ".comfyignore"}
     demo = {f for f in files if f.startswith("demo/")}

@@ -64,13 +64,3 @@ def test_a_faster_dense_attention_is_named_only_where_it_is_there_and_not_in_use
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
     monkeypatch.setattr(attention, "COMFY_KITCHEN_INT8_ATTENTION_IS_AVAILABLE", False, raising=False)
     assert not compat.faster_dense(None, GPU)
-
-
-def test_the_summary_on_the_node_has_a_line_for_each_thing(kit, monkeypatch):
-    from liteattention.host import progress
-
-    texts, handle = [], RunHandle()
-    monkeypatch.setattr(progress, "show", lambda text, node_id: texts.append(text))
-    kit.sample(kit.lite(handle=handle, node_id="1"))
-    assert texts[-1] == ";\n".join(handle.summary.lines()) and texts[-1].startswith("on: ")
-    assert "\n" not in handle.summary.text() and texts[-1].replace("\n", " ") == handle.summary.text()

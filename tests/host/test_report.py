@@ -22,11 +22,15 @@ def patched(kit):
     return LiteAttention.execute(kit.model, {"rule": "threshold", "threshold": -1.0}, 1, min_tokens=128).args[0]
 
 
-def test_before_a_run_and_without_the_node_it_says_what_to_connect(kit):
-    with pytest.raises(ValueError, match="no LiteAttention on it; connect"):
-        LiteAttentionReport.execute(kit.model, {"samples": None})
-    with pytest.raises(ValueError, match="No sampling run of this model has finished"):
-        LiteAttentionReport.execute(patched(kit), {"samples": None})
+def test_before_a_run_and_without_the_node_it_says_off_and_passes_the_latent_on(kit):
+    samples = {"samples": torch.zeros(1)}
+    for model, why in ((kit.model, "the model has no LiteAttention on it (bypassed or not connected)"),
+                       (patched(kit), "no sampling run of this model has finished; connect the latent")):
+        out = LiteAttentionReport.execute(model, samples)
+        passed, plot, text, stats = out.args
+        assert passed is samples and text.startswith(f"off: {why}") and "\n" not in text
+        assert plot.shape == (1, 1200, 1600, 3) and plot.std() > 0.005 and out.ui.as_dict()["images"]
+        assert json.loads(stats)["headline"].startswith(f"off: {why}")
 
 
 def test_a_run_is_reported(kit):

@@ -130,30 +130,3 @@ def test_an_error_in_the_counters_does_not_end_the_render(kit, monkeypatch, capl
     out = kit.sample(kit.lite(), callback=lambda *args: seen.append(args[0]))
     assert torch.isfinite(out).all() and seen == [0, 1, 2, 3]
     assert "the counters of some steps are not known. RuntimeError: counters" in caplog.text
-
-
-def test_progress_text_and_summary_reach_the_node(kit, monkeypatch):
-    import sys
-    import types
-
-    sent = []
-
-    class Server:
-        def send_progress_text(self, text, node_id):
-            sent.append((node_id, text))
-
-    module = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=Server()))
-    monkeypatch.setitem(sys.modules, "server", module)
-    monkeypatch.setattr(sys.modules["liteattention.host.progress"], "INTERVAL_S", 0)
-    kit.sample(kit.lite(node_id="7"))
-    assert {node for node, _ in sent} == {"7"} and len(sent) == 5
-    for step, (_, text) in enumerate(sent[:4]):
-        phase = "sparse" if step else "recording"
-        assert text.startswith(f"step {step + 1}/4 ({phase}): skipped ")
-    assert sent[4][1].startswith("on: ") and "step 1 of 4 dense" in sent[4][1] and "masks: 0.5 KB" in sent[4][1]
-
-    def closed(text, node_id):
-        raise ConnectionError
-
-    module.PromptServer.instance.send_progress_text = closed
-    assert torch.isfinite(kit.sample(kit.lite(node_id="7"))).all()

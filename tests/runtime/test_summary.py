@@ -18,7 +18,7 @@ from liteattention.runtime.reasons import (
     WARMUP,
 )
 from liteattention.runtime.schedule import StepPlan
-from liteattention.runtime.summary import NODE_LINE, NOT_REACHED, advise, bytes_text
+from liteattention.runtime.summary import NOT_REACHED, advise, bytes_text
 
 FASTER_DENSE = "a faster dense attention"
 TIMED = {"seconds": 70.0, "saved": TimeSaved(80.0, 50.0, "timed calls")}
@@ -51,7 +51,7 @@ def test_the_lines_of_a_run_have_a_fixed_order():
         "dense attention is faster above 80% (table) of the tiles",
         "try: that then",
         "a note", "another"]
-    assert told.text() == "; ".join(told.lines()) and told.node_text() == NODE_LINE.join(told.lines())
+    assert told.text() == "; ".join(told.lines())
 
 
 def test_the_headline_says_on_with_what_is_known():
@@ -153,8 +153,8 @@ def test_a_run_that_was_stopped_gets_no_advice():
     (TimeSaved(8.0, 10.0, "the clock"), ["attention: 2.0 s more so far"])])
 def test_a_step_has_two_lines_that_fit_the_node(saved, lines):
     report = StepReport(17, 20, 0.61, 0.48, 2**26, "sparse", saved)
-    assert report.text().split(NODE_LINE) == ["step 17/20 (sparse): skipped 61%, run 48%", *lines]
-    assert "no attention ran" in StepReport(1, 20, None, 0.0, 0, "sparse").text()
+    assert report.lines() == ["step 17/20 (sparse): skipped 61%, run 48%", *lines]
+    assert "no attention ran" in StepReport(1, 20, None, 0.0, 0, "sparse").lines()[0]
 
 
 @pytest.mark.parametrize("nbytes, text", [(0, "0.0 KB"), (14_438, "14.1 KB"), (7_864_320, "7.5 MB")])
