@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..demo.comfy_nodes import LiteAttentionDemoDecode, LiteAttentionDemoModel, LiteAttentionDemoPrompt
 from .apply import LiteAttention
+from .raylight import LiteAttentionRaylight, LiteAttentionRaylightReport
 from .report import LiteAttentionCompare, LiteAttentionReport
 
 
@@ -12,4 +13,5 @@ class LiteAttentionExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LiteAttention, LiteAttentionReport, LiteAttentionCompare,
+                LiteAttentionRaylight, LiteAttentionRaylightReport,
                 LiteAttentionDemoModel, LiteAttentionDemoPrompt, LiteAttentionDemoDecode]
