@@ -27,6 +27,7 @@ from ..runtime import (
 from . import chosen_attention, compat, containers, families, interop, model_call, progress
 from .compat import allocation_guard, attention_name, core, faster_dense
 from .environment import environment
+from .share import WHOLE, Share
 
 log = logging.getLogger("LiteAttention")
 
@@ -48,10 +49,11 @@ class _HungRun:
     moving_windows: bool
     evaluations: interop.Evaluations
     work_units: interop.WorkUnits
+    share: Share
 
 
 def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = None,
-           handle: RunHandle | None = None, continue_from: RunHandle | None = None) -> Any:
+           handle: RunHandle | None = None, continue_from: RunHandle | None = None, share: Share = WHOLE) -> Any:
     """A clone of `model` (ModelPatcher) whose sampling runs use skip-mask attention; `model` is left as it is.
 
     The attention override found on the model becomes the fallback attention. A second application replaces the first.
@@ -60,6 +62,7 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
         node_id: node that shows progress text.
         handle: receives the summary and the masks of each run.
         continue_from: handle of the runs whose masks these runs go on with.
+        share: what this process computes of the model's calls.
 
     Where this ComfyUI lacks what the pack needs of it, the model is given back as it is, and the log says so.
 
@@ -85,10 +88,19 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
     owner = object()
     chosen = chosen_attention.chosen(interop.network(patched))
     options[OVERRIDE] = make_override(fallback, owner, containers.useful(fallback, chosen))
-    run_wrapper = make_run_wrapper(config, owner, node_id, handle or RunHandle(), fallback, continue_from)
+    run_wrapper = make_run_wrapper(config, owner, node_id, handle or RunHandle(), fallback, continue_from, share)
     for kind, wrapper in ((core(compat.OUTER_SAMPLE), run_wrapper), (core(compat.APPLY_MODEL), apply_model)):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched
+
+
+def detach(model: Any) -> Any:
+    """A clone of `model` without LiteAttention, with the attention override that `attach` has found on it."""
+    patched = model.clone()
+    interop.take_off(patched.model_options.setdefault("transformer_options", {}), _FALLBACK)
+    for kind in (compat.OUTER_SAMPLE, compat.APPLY_MODEL):
+        patched.remove_wrappers_with_key(core(kind), KEY)
     return patched
 
 
@@ -133,7 +145,7 @@ def make_override(fallback: Callable | None, owner: object, takes_containers: bo
             return fallback(func, q, k, v, heads, **arguments)
 
         own = chosen(kwargs)
-        forward_pass, layer = _caller(kwargs, owner)
+        _, forward_pass, layer = caller(kwargs.get("transformer_options"), owner)
         if forward_pass is None:
             return run_fallback()
         call = AttentionCall.from_hook(q, k, v, heads, mask, skip_reshape, skip_output_reshape, kwargs.get("scale"))
@@ -150,7 +162,7 @@ def make_override(fallback: Callable | None, owner: object, takes_containers: bo
             return containers.fallback_with_containers(fallback, own, q, k, v, heads, arguments)
 
         call, own = None, chosen(kwargs)
-        forward_pass, layer = _caller(kwargs, owner)
+        _, forward_pass, layer = caller(kwargs.get("transformer_options"), owner)
         if forward_pass is None:
             return run_fallback()
         call = AttentionCall.from_hook(q.peek(), k.peek(), v.peek(), heads, mask, skip_reshape, skip_output_reshape,
@@ -177,18 +189,22 @@ def _dense_by(fallback: Callable | None, own: Callable | None, func: Callable) -
     return attention_name(fallback or func)
 
 
-def _caller(keywords: dict, owner: object) -> tuple[ForwardPass | None, LayerId | None]:
-    """The forward pass and the layer that an attention call comes from; (None, None) for a call of another model."""
-    options = keywords.get("transformer_options") or {}
-    held = options.get(FORWARD_KEY)
-    if held is None or held[0] is not owner:
-        return None, None
+def caller(options: dict | None, owner: object = None) -> tuple[SamplingRun | None, ForwardPass | None, LayerId | None]:
+    """The run, the forward pass and the layer that an attention call with these transformer_options comes from; three
+    times None for a call of another model.
+
+    Args:
+        owner: of the model; None: of any that `attach` has patched.
+    """
+    held = (options or {}).get(FORWARD_KEY)
+    if held is None or owner not in (None, held[0]):
+        return None, None, None
     _, run, forward_pass = held
     try:
-        return forward_pass, model_call.layer_id(options)
+        return run, forward_pass, model_call.layer_id(options)
     except Exception as error:
         run.notes.add(f"which layer calls cannot be told. {_text(error)}")
-        return forward_pass, None
+        return run, forward_pass, None
 
 
 def apply_model(executor: Callable, x: torch.Tensor, t: torch.Tensor, c_concat: Any = None, c_crossattn: Any = None,
@@ -215,10 +231,11 @@ def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Te
     module = getattr(model, "diffusion_model", None)
     run = hung.run
     try:
-        rows, window = model_call.row_names(options, x.shape[0]), model_call.window_key(options)
+        rows = hung.share.rows(model_call.row_names(options, x.shape[0]))
+        window = model_call.window_key(options)
         if hung.work_units.moved(options, rows, window):
             run.notes.add("a prompt has moved to another GPU in mid-run; its masks start anew there")
-        unsupported = families.stays_dense(module, keywords, options)
+        unsupported = hung.share.stays_dense or families.stays_dense(module, keywords, options)
         if unsupported is not None:  # said also where no call reaches the override
             run.notes.add(f"attention stays dense. {unsupported.meaning}")
         evaluation = hung.evaluations.of(id(model), window, options)
@@ -229,14 +246,16 @@ def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Te
             window = (window, repeat) if repeat else window
         return run.forward_pass(
             model=id(model), rows=rows, window=window, stays_dense=stays_dense,
-            video_tokens=families.video_tokens(module, tuple(x.shape), context, keywords, options))
+            video_tokens=hung.share.tokens(
+                families.video_tokens(module, tuple(x.shape), context, keywords, options)))
     except Exception as error:
         run.notes.add(f"a call of the model is not understood and stays dense. {_text(error)}")
         return run.forward_pass(model=id(model), rows=None, video_tokens=None)
 
 
 def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | None, handle: RunHandle,
-                     fallback: Callable | None = None, continue_from: RunHandle | None = None) -> Callable:
+                     fallback: Callable | None = None, continue_from: RunHandle | None = None,
+                     share: Share = WHOLE) -> Callable:
     """OUTER_SAMPLE wrapper: a `SamplingRun` per sampling run, closed however the run ends."""
     timed = break_evens(fallback)
 
@@ -251,12 +270,12 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
         run = SamplingRun(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed,
                           carried=carried, continued=handle.continued,
                           on_step=display.step,
-                          faster_dense=faster_dense(fallback or chosen, device))
+                          faster_dense=faster_dense(fallback or chosen, device) if share is WHOLE else "")
         if why_none:
             run.notes.add(f"continue_from: {why_none}; the masks start anew")
         original_options = guider.model_options
         try:
-            guider.model_options = _with_run(original_options, run, owner)
+            guider.model_options = _with_run(original_options, run, owner, share)
             _ask_backends(run, compat.devices(guider.model_patcher), display)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(run, callback),
                               disable_pbar, seed, **kwargs)
@@ -287,7 +306,7 @@ def run_handle(model: Any) -> RunHandle | None:
     return getattr(wrappers[-1], _HANDLE, None) if wrappers else None
 
 
-def _with_run(model_options: dict, run: SamplingRun, owner: object) -> dict:
+def _with_run(model_options: dict, run: SamplingRun, owner: object, share: Share) -> dict:
     """A clone of a guider's options with the run in it, or without where they are not understood."""
     options = core(compat.CLONE_OPTIONS)(model_options)
     transformer_options = options.setdefault("transformer_options", {})
@@ -298,7 +317,7 @@ def _with_run(model_options: dict, run: SamplingRun, owner: object) -> dict:
             return options
         transformer_options[KEY] = _HungRun(run, owner, model_call.pass_fingerprint(transformer_options),
                                             model_call.windows_move(options),
-                                            interop.Evaluations(run.begin_evaluation), interop.WorkUnits())
+                                            interop.Evaluations(run.begin_evaluation), interop.WorkUnits(), share)
     except Exception as error:
         run.notes.add(f"the model's options are not understood; attention stays dense. {_text(error)}")
     return options
@@ -325,6 +344,8 @@ def _finish(run: SamplingRun, handle: RunHandle, guider: Any) -> None:
         if run.evaluated and KEY in options:
             run.unreached = interop.unreached(guider.model_patcher, options, _FALLBACK, run.counters.sparse,
                                               run.counters.dense)
+            if run.unreached and options[KEY].share.unreached is not None:
+                run.unreached = options[KEY].share.unreached(options)
         handle.finish(run)
     except Exception as error:
         run.notes.add(f"the masks of this run are lost to later nodes. {_text(error)}")

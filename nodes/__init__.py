@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..demo.comfy_nodes import LiteAttentionDemoDecode, LiteAttentionDemoModel, LiteAttentionDemoPrompt
 from ..host import warn_of_second_copy, watch_prompts
 from .apply import LiteAttention
+from .raylight import LiteAttentionRaylight, LiteAttentionRaylightReport
 from .report import LiteAttentionCompare, LiteAttentionReport
 
 
@@ -17,4 +18,5 @@ class LiteAttentionExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LiteAttention, LiteAttentionReport, LiteAttentionCompare,
+                LiteAttentionRaylight, LiteAttentionRaylightReport,
                 LiteAttentionDemoModel, LiteAttentionDemoPrompt, LiteAttentionDemoDecode]

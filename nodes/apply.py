@@ -40,6 +40,39 @@ def rule_input() -> io.DynamicCombo.Input:
         ])
 
 
+def shared_inputs() -> list[io.Input]:
+    """The settings of a run."""
+    return [
+        rule_input(),
+        io.Int.Input(
+            "warmup_steps", default=2, min=0, max=STEPS_MAX,
+            tooltip="Steps at the start of this run that compute everything. More is safer and slower. Never "
+                    "more than a quarter of the run, and 1 in runs of up to 8 steps. 0 starts to skip in the "
+                    "second step."),
+        io.Int.Input(
+            "dense_end_steps", default=0, min=0, max=STEPS_MAX, advanced=True,
+            tooltip="Steps at the end of this run that compute everything again. Raise it to 1 or 2 if fine "
+                    "texture suffers; each costs a full step."),
+        io.String.Input(
+            "dense_blocks", default="", advanced=True,
+            tooltip='Transformer blocks that never skip: numbers and ranges from 0, as in "0-1, 38, -1". '
+                    "Negative numbers count from the end. The first and last blocks are the most sensitive."),
+        io.Int.Input(
+            "min_tokens", default=0, min=0, max=TOKENS_MAX, advanced=True,
+            tooltip="Attention over fewer tokens than this stays dense. 0 chooses by device: 1024 on a CPU, "
+                    "4096 on a GPU. Lower it only to try the node on small videos."),
+        io.Combo.Input(
+            "precision", options=list(PRECISIONS), default="auto", advanced=True,
+            tooltip="How q and k are multiplied. full: as the model gives them. int8: from INT8 copies, a "
+                    "little less exact, on NVIDIA GPUs where that can be faster. auto: int8 on GeForce RTX "
+                    "cards from 12288 tokens on, full elsewhere."),
+        io.Boolean.Input(
+            "pool_skipped", default=True, advanced=True,
+            tooltip="Skipped tiles still count, by the mean of their keys and values, so that more tiles can "
+                    "be skipped with the same loss. Off: skipped tiles count for nothing."),
+    ]
+
+
 def chosen_rule(value: dict) -> Rule:
     """The rule of what the server hands over for `rule_input`, e.g. {"rule": "threshold", "threshold": -10.0}."""
     if value["rule"] == THRESHOLD_RULE:
@@ -64,33 +97,7 @@ class LiteAttention(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A diffusion transformer. Patches applied before stay in place; an "
                                                 "attention set before computes the dense calls."),
-                rule_input(),
-                io.Int.Input(
-                    "warmup_steps", default=2, min=0, max=STEPS_MAX,
-                    tooltip="Steps at the start of this run that compute everything. More is safer and slower. Never "
-                            "more than a quarter of the run, and 1 in runs of up to 8 steps. 0 starts to skip in the "
-                            "second step."),
-                io.Int.Input(
-                    "dense_end_steps", default=0, min=0, max=STEPS_MAX, advanced=True,
-                    tooltip="Steps at the end of this run that compute everything again. Raise it to 1 or 2 if fine "
-                            "texture suffers; each costs a full step."),
-                io.String.Input(
-                    "dense_blocks", default="", advanced=True,
-                    tooltip='Transformer blocks that never skip: numbers and ranges from 0, as in "0-1, 38, -1". '
-                            "Negative numbers count from the end. The first and last blocks are the most sensitive."),
-                io.Int.Input(
-                    "min_tokens", default=0, min=0, max=TOKENS_MAX, advanced=True,
-                    tooltip="Attention over fewer tokens than this stays dense. 0 chooses by device: 1024 on a CPU, "
-                            "4096 on a GPU. Lower it only to try the node on small videos."),
-                io.Combo.Input(
-                    "precision", options=list(PRECISIONS), default="auto", advanced=True,
-                    tooltip="How q and k are multiplied. full: as the model gives them. int8: from INT8 copies, a "
-                            "little less exact, on NVIDIA GPUs where that can be faster. auto: int8 on GeForce RTX "
-                            "cards from 12288 tokens on, full elsewhere."),
-                io.Boolean.Input(
-                    "pool_skipped", default=True, advanced=True,
-                    tooltip="Skipped tiles still count, by the mean of their keys and values, so that more tiles can "
-                            "be skipped with the same loss. Off: skipped tiles count for nothing."),
+                *shared_inputs(),
                 LiteAttentionRun.Input(
                     "continue_from", optional=True,
                     tooltip="The run output of the LiteAttention node before the sampler whose latent this sampler "

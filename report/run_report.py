@@ -252,6 +252,9 @@ def run_summary(stats: Mapping[str, Any]) -> str:
     lines += [f"  {count} {reason}" for reason, count in dense]
     if dense and stats.get("fallback"):
         lines.append(f"  Dense calls are computed by {stats['fallback']}.")
+    if stats.get("ranks"):
+        shares = ", ".join(percent(share, 1) for share in stats["ranks"])
+        lines.append(f"Skipped by GPU: {shares}; the run waits for the one that skips least.")
     layers = {name: known for name, shares in stats["layers"].items()
               if (known := [share for share in shares if share is not None])}
     if layers:

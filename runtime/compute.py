@@ -23,7 +23,7 @@ from .call import AttentionCall
 from .config import LiteAttentionConfig
 from .masks import LayerKey, MaskTable, Signature
 from .notes import Notes
-from .reasons import KERNEL_FAILED, NO_MEMORY, UNSUPPORTED, Reason
+from .reasons import KERNEL_FAILED, NO_MEMORY, OUT_OF_MEMORY, UNSUPPORTED, Reason
 from .rules import SkipTest
 
 
@@ -55,7 +55,7 @@ class SparseAttention:
 
     def __init__(self, config: LiteAttentionConfig, masks: MaskTable, notes: Notes,
                  allocating: Callable[[], AbstractContextManager] = nullcontext):
-        self.failed = False
+        self.failed: Reason | None = None
         self._precision, self._pool_skipped = config.precision, config.pool_skipped
         self._masks = masks
         self._notes = notes
@@ -94,7 +94,7 @@ class SparseAttention:
 
     def reason(self, key: LayerKey) -> Reason | None:
         """Why calls of this layer stay dense after what has happened in the run, or None."""
-        return KERNEL_FAILED if self.failed else NO_MEMORY if key in self._starved else None
+        return self.failed or (NO_MEMORY if key in self._starved else None)
 
     def precision(self, call: AttentionCall) -> str:
         """"full" or "int8": how a call computes q·k. INT8 that was asked for and is not taken is noted once."""
@@ -177,10 +177,15 @@ class SparseAttention:
 
     def give_up(self, layer: str, error: Exception) -> Reason:
         """Every further call of the run stays dense; the note says why."""
-        self.failed = True
+        self.failed = KERNEL_FAILED
         self._notes.add(f"the kernel failed and is not tried again in this run; attention stays dense. "
                         f"{type(error).__name__}: {str(error)[:300]}", layer)
         return KERNEL_FAILED
+
+    def run_out(self) -> None:
+        """Memory ran out in the kernel, and the host must not see the error: every further call stays dense."""
+        self.failed = OUT_OF_MEMORY
+        self._notes.add("memory ran out in the sparse kernel; attention stays dense for the rest of this run")
 
     def workspace(self, device: torch.device) -> Workspace:
         """Scratch memory of this run on `device`."""

@@ -123,6 +123,12 @@ class ForwardPass:
         parts.counters.add_dense(self._number, reason, tiles, dense_by, calls=int(site is None or site.first))
         return out
 
+    def decline(self, reason: Reason, fallback: Callable[[], Tensor], dense_by: str = "") -> Tensor:
+        """The result of a call that the host keeps dense, counted by `reason`."""
+        out = fallback()
+        self._parts.counters.add_dense(self._number, reason, 0, dense_by)
+        return out
+
     def _site(self, call: AttentionCall, layer: LayerId | None) -> Site | None:
         """Which self-attention over the video's tokens the call is or is a part of, or None. Dense calls are numbered
         too: one that is dense in some passes only must not hand its mask to the next."""

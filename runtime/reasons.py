@@ -86,10 +86,27 @@ NO_MEMORY = Reason(
 KERNEL_FAILED = Reason(
     "the kernel failed in this run", "An error of the pack; the note has it. The video is correct.",
     hint="the video is correct; please report the note about the kernel")
+OUT_OF_MEMORY = Reason(
+    "out of memory in the sparse kernel", "Raylight: memory ran out on one GPU, which goes on with dense attention, "
+    "because an error there would leave the other GPUs waiting.",
+    hint="make the video shorter or smaller, or use more GPUs")
+RING = Reason(
+    "sequence parallelism by ring", "Raylight: with a ring degree above 1 a GPU sees the keys piece by piece, and a "
+    "mask for each piece would skip far less.", hint="Raylight's ulysses_degree for all GPUs, and ring_degree 1")
+PIPEFUSION = Reason(
+    "PipeFusion", "Raylight: a patch of the video attends to keys of the step before.",
+    hint="Raylight's ulysses_degree instead of PipeFusion")
+CUT_APART = Reason(
+    "text and video cut apart", "Raylight: each GPU has a piece of the text and a piece of the video, so that the text "
+    "lies in pieces between the video.", hint="this model is not supported in Raylight's workers yet")
+CAUSAL = Reason(
+    "causal attention", "Raylight: a query may not look at the keys after it.",
+    hint="causal attention is not supported")
 
 REASONS = (CROSS_ATTENTION, NOT_VIDEO, WARMUP, DENSE_END, DENSE_BLOCK, TOO_SHORT, UNSUPPORTED, QUERY_PIECES,
            FRAME_BY_FRAME, CACHED_KEYS, MOSTLY_EXTRA, NO_LAYOUT, NO_LAYER, NO_ROWS, EXTRA_PASS, MOVING_WINDOWS,
-           SPARSE_ON_TOP, DENSE_FASTER, NO_BACKEND, NO_MEMORY, KERNEL_FAILED)
+           SPARSE_ON_TOP, DENSE_FASTER, NO_BACKEND, NO_MEMORY, KERNEL_FAILED, OUT_OF_MEMORY, RING, PIPEFUSION,
+           CUT_APART, CAUSAL)
 """In the order of the table."""
 
 AUTO_MIN_TOKENS = {"cpu": 1024}

@@ -93,6 +93,16 @@ assert torch.allclose(out, torch.nn.functional.scaled_dot_product_attention(q, q
     assert done.returncode == 0, done.stderr
 
 
+def test_a_worker_of_raylight_imports_the_pack_without_the_server_and_without_raylight():
+    """There is no server in it, and the top of the pack is not run."""
+    done = run(BLOCK.format(tools=str(ROOT / "tools"), blocked=("server", "comfy_api", "nodes", "ray", "raylight",
+                                                                "xfuser")) + """
+import liteattention.runtime
+import liteattention.host.raylight.worker, liteattention.host.raylight.actors
+""")
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_kernels_does_not_import_triton():
     done = run(BLOCK.format(tools=str(ROOT / "tools"), blocked=()) + """
 import liteattention.kernels, liteattention.runtime

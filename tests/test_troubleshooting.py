@@ -36,6 +36,9 @@ MESSAGES = {
     "notes": pieces(r"note(?:s\.add)?\(", *SOURCES),
     "notes about other nodes": {text for path in SOURCES for name, text in constants(path) if name.endswith("_NOTE")},
     "why nothing reaches the pack": pieces(r'return(?= f"{reached})', ROOT / "host" / "interop.py"),
+    "what is said of Raylight": {
+        piece.strip() for path in sorted((ROOT / "host" / "raylight").glob("*.py")) for _, text in constants(path)
+        if " " in text for piece in text.split("{}")},
     "notes about masks": {masks.SIZE_CHANGED, masks.NO_MATCH, *pieces(r"None, \(", ROOT / "runtime" / "masks.py")},
     "why no run is continued": {run.NO_RUN, run.NOT_FINISHED, run.SEVERAL, run.NOTHING, run.LOST},
     "calls that the kernels do not compute": pieces(r'return no\([^#]*?,\s*(?=f?"[^"]*"\)\n)', KERNELS / "api.py"),
@@ -45,7 +48,7 @@ MESSAGES = {
                                    for piece in meaning.split(":")[:1]},
 }
 AT_LEAST = {"notes": 16, "notes about other nodes": 2, "why nothing reaches the pack": 4,
-            "notes about masks": 3, "why no run is continued": 5,
+            "what is said of Raylight": 9, "notes about masks": 3, "why no run is continued": 5,
             "calls that the kernels do not compute": 14, "verdicts on Triton": 6,
             "what compilers complain of": 7}
 

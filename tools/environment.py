@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 REQUIREMENTS = ROOT / "tools" / "requirements.txt"
+WITHOUT_DEPENDENCIES = ROOT / "tools" / "requirements.raylight.txt"
 _INSIDE = "LITEATTENTION_ENVIRONMENT_READY"
 
 PACK_MODULES = ("torch", "numpy", "safetensors", "PIL")
@@ -40,7 +41,7 @@ def prepare(comfy_path: Path | None) -> Path:
     """Make `.venv` or bring it up to date; its interpreter. Does nothing when the requirements have not changed."""
     python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     files = [REQUIREMENTS] + ([comfy_path / "requirements.txt"] if comfy_path else [])
-    wanted = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    wanted = hashlib.sha256(b"".join(f.read_bytes() for f in (*files, WITHOUT_DEPENDENCIES))).hexdigest()
     stamp = VENV / "liteattention-requirements"
     if python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
@@ -48,7 +49,8 @@ def prepare(comfy_path: Path | None) -> Path:
     if not python.exists():
         venv.create(VENV, with_pip=True)
     arguments = [item for f in files for item in ("-r", str(f))]
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments],
-                   check=True)
+    for given in (arguments, ["--no-deps", "-r", str(WITHOUT_DEPENDENCIES)]):
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *given],
+                       check=True)
     stamp.write_text(wanted, encoding="utf-8")
     return python

@@ -43,6 +43,14 @@ app.canvas.setDirty(true, true);
 const at = app.canvas.canvas.getBoundingClientRect();
 return [at.left + left, at.top + top, (box[2] - box[0]) * scale, (box[3] - box[1]) * scale];
 """
+ADD = """
+arguments[0].forEach((type, i) => {
+  const node = LiteGraph.createNode(type);
+  node.pos = [0, 5000 + 2000 * i];
+  app.graph.add(node);
+});
+"""
+RAYLIGHT = ["LiteAttentionRaylight", "LiteAttentionRaylightReport"]
 TITLES = {  # title, line below it
     "wan2.1_t2v_liteattention": ("Wan 2.1", "Text to video, 30 steps"),
     "wan2.1_i2v_liteattention": ("Wan 2.1", "Image to video, 20 steps"),
@@ -144,14 +152,17 @@ def first_run(server: Any, browser: Any) -> tuple[bytes, bytes]:
 
 
 def help_pictures(browser: Any) -> None:
-    """Each node by itself; those of the demo graph after its run."""
+    """Each node by itself; those of the demo graph after its run, those for Raylight without one."""
     browser.set_window_size(2000, 1500)
+    browser.execute_script(ADD, RAYLIGHT)
+    time.sleep(1)
     for types, scale, name, width in (
             (["LiteAttention"], 1.5, "LiteAttention", 480), (["LiteAttentionReport"], 1.3, "LiteAttentionReport", 800),
             (["LiteAttentionCompare"], 1.3, "LiteAttentionCompare", 800),
             (["LiteAttentionDemoModel", "ModelSamplingSD3"], 1.3, "LiteAttentionDemoModel", 480),
             (["LiteAttentionDemoPrompt"], 1.3, "LiteAttentionDemoPrompt", 480),
-            (["LiteAttentionDemoDecode"], 1.3, "LiteAttentionDemoDecode", 480)):
+            (["LiteAttentionDemoDecode"], 1.3, "LiteAttentionDemoDecode", 480),
+            *(([name], 1.3, name, 480) for name in RAYLIGHT)):
         png, crop = around(browser, types, scale)
         save(png, HELP / f"{name}.jpg", crop, width)
 

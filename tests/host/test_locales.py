@@ -9,7 +9,8 @@ from comfyui import find_comfyui
 from liteattention.tools.locales import LANGUAGES, ROOT, leaves, node_texts, read_locale
 from liteattention.tools.server import ComfyServer
 
-NODES = {"LiteAttention", "LiteAttentionReport", "LiteAttentionCompare",
+NODES = {"LiteAttention", "LiteAttentionReport", "LiteAttentionCompare", "LiteAttentionRaylight",
+         "LiteAttentionRaylightReport",
          "LiteAttentionDemoModel", "LiteAttentionDemoPrompt", "LiteAttentionDemoDecode"}
 OTHERS = LANGUAGES[1:]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")

@@ -28,7 +28,8 @@ EXPECTED_RULES = {
     "error budget": ("error_budget", 0.3, {"min": 0.01, "max": 1.0, "step": 0.01}),
     "threshold": ("threshold", -10.0, {"min": -30.0, "max": 0.0, "step": 0.5}),
 }
-NODES = {"LiteAttention", "LiteAttentionReport", "LiteAttentionCompare",
+NODES = {"LiteAttention", "LiteAttentionReport", "LiteAttentionCompare", "LiteAttentionRaylight",
+         "LiteAttentionRaylightReport",
          "LiteAttentionDemoModel", "LiteAttentionDemoPrompt", "LiteAttentionDemoDecode"}
 
 

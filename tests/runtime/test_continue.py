@@ -12,6 +12,7 @@ from liteattention.kernels import SkipMask
 from liteattention.runtime import CarriedMasks, RowName, RunHandle, Threshold, VideoTokens
 from liteattention.runtime import run as run_module
 from liteattention.runtime.masks import NO_MATCH, RESIZED, CarriedMask, LayerKey, MaskTable, Signature
+from liteattention.runtime.reasons import KERNEL_FAILED
 from liteattention.runtime.video_tokens import Grid
 
 CPU = torch.device("cpu")
@@ -155,7 +156,7 @@ def test_a_handle_says_why_it_has_no_masks(monkeypatch):
     assert handle.carried() == (None, run_module.NOTHING)
     failed = sampling_run(2)
     play(failed, 2)
-    failed.sparse.failed = True
+    failed.sparse.failed = KERNEL_FAILED
     handle.finish(failed)
     assert handle.carried() == (None, run_module.LOST)
 
