@@ -257,7 +257,10 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
         original_options = guider.model_options
         try:
             guider.model_options = _with_run(original_options, run, owner)
-            _ask_backends(run, compat.devices(guider.model_patcher), node_id)
+            devices = compat.devices(guider.model_patcher)
+            if len(devices) > 1:
+                interop.hand_on_sigmas(guider.model_options)
+            _ask_backends(run, devices, node_id)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(run, callback),
                               disable_pbar, seed, **kwargs)
             _finish(run, handle, guider)
