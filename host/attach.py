@@ -47,7 +47,6 @@ class _HungRun:
     ordinary: Hashable
     moving_windows: bool
     evaluations: interop.Evaluations
-    work_units: interop.WorkUnits
 
 
 def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = None,
@@ -216,12 +215,12 @@ def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Te
     run = hung.run
     try:
         rows, window = model_call.row_names(options, x.shape[0]), model_call.window_key(options)
-        if hung.work_units.moved(options, rows, window):
-            run.notes.add("a prompt has moved to another GPU in mid-run; its masks start anew there")
         unsupported = families.stays_dense(module, keywords, options)
         if unsupported is not None:  # said also where no call reaches the override
             run.notes.add(f"attention stays dense. {unsupported.meaning}")
         evaluation = hung.evaluations.of(id(model), window, options)
+        if hung.evaluations.moved(window, rows, options):
+            run.notes.add("a prompt has moved to another GPU in mid-run; its masks start anew there")
         stays_dense = interop.sparse_on_top(options) or unsupported or model_call.dense_reason(
             options, (hung.ordinary, evaluation.first), hung.moving_windows)
         if stays_dense is None:
@@ -300,7 +299,7 @@ def _with_run(model_options: dict, run: SamplingRun, owner: object) -> dict:
             return options
         transformer_options[KEY] = _HungRun(run, owner, model_call.pass_fingerprint(transformer_options),
                                             model_call.windows_move(options),
-                                            interop.Evaluations(run.begin_evaluation), interop.WorkUnits())
+                                            interop.Evaluations(run.begin_evaluation))
     except Exception as error:
         run.notes.add(f"the model's options are not understood; attention stays dense. {_text(error)}")
     return options

@@ -161,7 +161,8 @@ class Evaluation:
 
 
 class Evaluations:
-    """The present evaluation of each network of a run. One thread evaluates a network.
+    """The present evaluation of each network of a run, and on which device each row is evaluated. One thread evaluates
+    a network.
 
     Args:
         begun: called at the start of each evaluation of the network, and the context window, that came first.
@@ -169,6 +170,7 @@ class Evaluations:
 
     def __init__(self, begun: Callable[[], None]) -> None:
         self._present: dict[Hashable, Evaluation] = {}
+        self._devices: dict[Hashable, torch.device] = {}
         self._begun = begun
         self._first: Hashable = None
 
@@ -183,16 +185,9 @@ class Evaluations:
                 self._begun()
         return present
 
-
-class WorkUnits:
-    """On which device each row of a run is evaluated, where *MultiGPU CFG Split* spreads the rows over several."""
-
-    def __init__(self) -> None:
-        self._devices: dict[Hashable, torch.device] = {}
-
-    def moved(self, options: Mapping, rows: Sequence[Hashable] | None, window: Hashable) -> bool:
-        """Whether a pass with these transformer_options has a row that another device had before. ComfyUI deals the
-        rows out anew where a conditioning begins or ends in mid-run."""
+    def moved(self, window: Hashable, rows: Sequence[Hashable] | None, options: Mapping) -> bool:
+        """Whether a pass with these transformer_options has a row that another device had before. *MultiGPU CFG Split*
+        deals the rows out anew where a conditioning begins or ends in mid-run."""
         device = options.get("multigpu_thread_device")
         if device is None or rows is None:
             return False
