@@ -48,7 +48,6 @@ class _HungRun:
     ordinary: Hashable
     moving_windows: bool
     evaluations: interop.Evaluations
-    work_units: interop.WorkUnits
     share: Share
 
 
@@ -233,12 +232,12 @@ def _forward_pass(hung: _HungRun, model: Any, x: torch.Tensor, context: torch.Te
     try:
         rows = hung.share.rows(model_call.row_names(options, x.shape[0]))
         window = model_call.window_key(options)
-        if hung.work_units.moved(options, rows, window):
-            run.notes.add("a prompt has moved to another GPU in mid-run; its masks start anew there")
         unsupported = hung.share.stays_dense or families.stays_dense(module, keywords, options)
         if unsupported is not None:  # said also where no call reaches the override
             run.notes.add(f"attention stays dense. {unsupported.meaning}")
         evaluation = hung.evaluations.of(id(model), window, options)
+        if hung.evaluations.moved(window, rows, options):
+            run.notes.add("a prompt has moved to another GPU in mid-run; its masks start anew there")
         stays_dense = interop.sparse_on_top(options) or unsupported or model_call.dense_reason(
             options, (hung.ordinary, evaluation.first), hung.moving_windows)
         if stays_dense is None:
@@ -276,7 +275,10 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
         original_options = guider.model_options
         try:
             guider.model_options = _with_run(original_options, run, owner, share)
-            _ask_backends(run, compat.devices(guider.model_patcher), display)
+            devices = compat.devices(guider.model_patcher)
+            if len(devices) > 1:
+                interop.hand_on_sigmas(guider.model_options)
+            _ask_backends(run, devices, display)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(run, callback),
                               disable_pbar, seed, **kwargs)
             _finish(run, handle, guider)
@@ -317,7 +319,7 @@ def _with_run(model_options: dict, run: SamplingRun, owner: object, share: Share
             return options
         transformer_options[KEY] = _HungRun(run, owner, model_call.pass_fingerprint(transformer_options),
                                             model_call.windows_move(options),
-                                            interop.Evaluations(run.begin_evaluation), interop.WorkUnits(), share)
+                                            interop.Evaluations(run.begin_evaluation), share)
     except Exception as error:
         run.notes.add(f"the model's options are not understood; attention stays dense. {_text(error)}")
     return options

@@ -14,6 +14,8 @@ from . import model_call
 from .compat import attention_name, core
 
 OVERRIDE = "optimized_attention_override"
+SIGMAS = "lite_attention_sigmas"
+_CALC_COND_BATCH = "comfy.patcher_extension:WrappersMP.CALC_COND_BATCH"
 _PREPARE_STATE = "comfy.patcher_extension:CallbacksMP.ON_PREPARE_STATE"
 _SPARSE_MODULE = "comfy_extras.nodes_sparse_attention"
 _SPARSE_KEY = "block_sparse_attention"
@@ -111,6 +113,20 @@ def _has_sparse(model: Any) -> bool:
     return _SPARSE_KEY in (getattr(model, "callbacks", {}).get(core(_PREPARE_STATE)) or {})
 
 
+def hand_on_sigmas(model_options: dict) -> None:
+    """Into a guider's options, for a run on several devices. *MultiGPU CFG Split* gives the networks copies of the
+    noise level, new ones at each call; which passes belong to one evaluation is told by the sampler's own tensor."""
+
+    def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
+        options = {**model_options.get("transformer_options", {}), SIGMAS: timestep}
+        return executor(model, conds, x_in, timestep, {**model_options, "transformer_options": options})
+
+    kind = core(_CALC_COND_BATCH)
+    if kind is not None:
+        wrappers = model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+        wrappers.setdefault(kind, {})[SIGMAS] = [calc_cond_batch]
+
+
 @dataclass
 class Evaluation:
     """One call that a sampler makes of a model, which a guider may answer by several passes of the network.
@@ -145,7 +161,8 @@ class Evaluation:
 
 
 class Evaluations:
-    """The present evaluation of each network of a run. One thread evaluates a network.
+    """The present evaluation of each network of a run, and on which device each row is evaluated. One thread evaluates
+    a network.
 
     Args:
         begun: called at the start of each evaluation of the network, and the context window, that came first.
@@ -153,12 +170,13 @@ class Evaluations:
 
     def __init__(self, begun: Callable[[], None]) -> None:
         self._present: dict[Hashable, Evaluation] = {}
+        self._devices: dict[Hashable, torch.device] = {}
         self._begun = begun
         self._first: Hashable = None
 
     def of(self, model: Hashable, window: Hashable, options: Mapping) -> Evaluation:
         """The evaluation that a pass with these transformer_options belongs to."""
-        sigmas, present = options.get("sigmas"), self._present.get(model)
+        sigmas, present = options.get(SIGMAS, options.get("sigmas")), self._present.get(model)
         if present is None or sigmas is None or present.sigmas is not sigmas:
             first = model_call.pass_fingerprint(options) if present is None else present.first
             self._present[model] = present = Evaluation(sigmas, first)
@@ -167,16 +185,9 @@ class Evaluations:
                 self._begun()
         return present
 
-
-class WorkUnits:
-    """On which device each row of a run is evaluated, where *MultiGPU CFG Split* spreads the rows over several."""
-
-    def __init__(self) -> None:
-        self._devices: dict[Hashable, torch.device] = {}
-
-    def moved(self, options: Mapping, rows: Sequence[Hashable] | None, window: Hashable) -> bool:
-        """Whether a pass with these transformer_options has a row that another device had before. ComfyUI deals the
-        rows out anew where a conditioning begins or ends in mid-run."""
+    def moved(self, window: Hashable, rows: Sequence[Hashable] | None, options: Mapping) -> bool:
+        """Whether a pass with these transformer_options has a row that another device had before. *MultiGPU CFG Split*
+        deals the rows out anew where a conditioning begins or ends in mid-run."""
         device = options.get("multigpu_thread_device")
         if device is None or rows is None:
             return False

@@ -3,7 +3,7 @@
 import threading
 
 import comfy.model_management
-import comfy.patcher_extension
+import comfy.samplers
 import pytest
 import torch
 from host_kit import LAYERS, Kit, dense_calls
@@ -88,6 +88,29 @@ def test_a_prompt_that_moves_to_another_device_starts_anew_there_and_says_so(kit
     for (key, row), count in runs[0].passes.items():
         passes.setdefault(row, {})[key.model] = count
     assert sorted(sorted(counts.values()) for counts in passes.values()) == [[2], [2, 2], [4]]
+
+
+def test_tiles_of_an_evaluation_have_masks_of_their_own_on_every_device(kit, workers, runs):
+    """Of a node that evaluates them one by one. ComfyUI gives every device a copy of the noise level at each call."""
+    def by_tiles(args):
+        out = [torch.zeros_like(args["input"]) for _ in args["conds"]]
+        for tile in ((..., slice(0, 12)), (..., slice(12, 24))):
+            parts = comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"][tile], args["sigma"],
+                                                   args["model_options"])
+            for whole, part in zip(out, parts, strict=True):
+                whole[tile] = part
+        return out
+
+    def tiled(model):
+        patched = model.clone()
+        patched.model_options["sampler_calc_cond_batch_function"] = by_tiles
+        return patched
+
+    size = (7, 20, 24)
+    together, apart = (kit.sample(tiled(model), size=size) for model in (kit.lite(), workers(kit.lite())))
+    assert (apart - together).abs().max() < 1e-4
+    for run in runs:
+        assert len(run.passes) == 2 * 2 * LAYERS and set(run.passes.values()) == {4}
 
 
 def test_an_interrupt_in_a_worker_ends_the_run_clean(kit, workers, runs):

@@ -3,11 +3,11 @@
 import functools
 import multiprocessing
 
-import parallel_kit
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_kit import HEADS, LAYERS, ROWS, RULES, STEPS, Case
+import ulysses_kit
+from ulysses_kit import HEADS, LAYERS, ROWS, RULES, STEPS, Case
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
 
@@ -18,11 +18,11 @@ CASES = [*(Case(rule, 640) for rule in RULES), Case("mass, pooled", 701)]
 @pytest.fixture(scope="module", params=[2, 4])
 def played(request, tmp_path_factory):
     """What each process has played, by case."""
-    by_rank = parallel_kit.processes([CASES] * request.param, tmp_path_factory.mktemp("processes"))
+    by_rank = ulysses_kit.processes([CASES] * request.param, tmp_path_factory.mktemp("processes"))
     return dict(zip(CASES, zip(*by_rank, strict=True), strict=True))
 
 
-alone = functools.cache(parallel_kit.play)
+alone = functools.cache(ulysses_kit.play)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -47,5 +47,5 @@ def test_processes_decide_together_what_one_decides_alone(played, case):
 def test_no_process_outlives_one_that_fails(tmp_path):
     waits, fails = [Case("max", 640)], [Case("no such rule", 640)]
     with pytest.raises(RuntimeError, match="KeyError: 'no such rule'"):
-        parallel_kit.processes([waits, fails], tmp_path)
+        ulysses_kit.processes([waits, fails], tmp_path)
     assert not multiprocessing.active_children()
