@@ -29,7 +29,8 @@ const look = id => {
   const widgets = node.widgets.filter(widget => widget.type === 'liteattention' || widget.name.startsWith('$$'));
   const element = widgets[0]?.element, rect = element?.getBoundingClientRect();
   return {
-    widgets: widgets.length, size: [...node.size], lines: element?.querySelector('pre').innerText.split('\\n') ?? [],
+    widgets: widgets.length, size: [...node.size],
+    lines: element?.querySelector('pre').innerText.split('\\n').slice(0, -1) ?? [],  // the last one is the time
     state: element?.querySelector('pre').className, earlier: element?.classList.contains('earlier'),
     columns: [...(element?.querySelectorAll('svg g') ?? [])].map(g => [...g.querySelectorAll('rect')].map(
       rect => [rect.getAttribute('class'), Number(rect.getAttribute('height'))])),
