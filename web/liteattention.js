@@ -107,6 +107,7 @@ function widgetOf(node, name) {
   const widget = node.addDOMWidget(name, "liteattention", element, {
     serialize: false,
     hideOnZoom: false,
+    hideInPanel: true,
     margin: 6,
     getMinHeight: () => HEIGHT + 12,
     getValue: () => [...runs.values()].flatMap((run) => run.lines).join("\n"),
@@ -133,17 +134,17 @@ function show(run) {
   for (const node of nodes) {
     if (!holdsWidgets(node)) continue;
     const { runs, element } = widgetOf(node, node === nodes.at(-1) ? WIDGET : OUTER_WIDGET);
-    const title = node === nodes.at(-1) ? "" : nodes.at(-1).title;
     runs.delete(run.node);
-    runs.set(run.node, { ...run, earlier, title });
+    runs.set(run.node, { ...run, earlier, name: `${nodes.at(-1).title} #${nodes.at(-1).id}` });
     draw(element, [...runs.values()]);
     node.setDirtyCanvas?.(true, true);
   }
 }
 
-/** A subgraph node with several LiteAttention nodes in it shows the one that has run last, by its title. */
+/** A subgraph node with several LiteAttention nodes in it shows the last run, and the first line of each other one. */
 function draw(element, runs) {
   const run = runs.at(-1);
+  const others = runs.slice(0, -1);
   const chart = element.querySelector("svg") ?? element.appendChild(svg("svg", { preserveAspectRatio: "none" }));
   const text = element.querySelector("pre") ?? element.appendChild(document.createElement("pre"));
   element.classList.toggle("earlier", run.earlier);
@@ -153,12 +154,12 @@ function draw(element, runs) {
   const head = document.createElement("strong");
   head.textContent = [
     ...(run.earlier ? [EARLIER[app.extensionManager?.setting?.get("Comfy.Locale")] ?? EARLIER.en] : []),
-    ...(runs.length > 1 ? [run.title] : []),
-    run.lines[0],
+    others.length ? `${run.name}: ${run.lines[0]}` : run.lines[0],
   ].join("\n");
   // A workflow can be opened long after its last run: the time tells.
   const time = run.time ? [new Date(run.time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })] : [];
-  text.replaceChildren(head, [...run.lines.slice(1), ...time].map((line) => `\n${line}`).join(""));
+  const lines = [...others.map(({ name, lines }) => `${name}: ${lines[0]}`), ...run.lines.slice(1), ...time];
+  text.replaceChildren(head, lines.map((line) => `\n${line}`).join(""));
   text.scrollTop = scrolled;
 }
 

@@ -208,6 +208,31 @@ def test_subgraph_nodes_show_it_at_every_depth(page):
     assert page.look(outer, inner, LITE)[0]["lines"][0] == page.server.summaries()[-1]["headline"]
 
 
+def test_a_subgraph_node_shows_all_runs_in_it(page):
+    page.load(small_graph(4))
+    second, outer = page.js("""
+        const [lite, sampler, report] = [...arguments].map(id => app.rootGraph.getNodeById(id));
+        const second = LiteGraph.createNode('LiteAttention');
+        app.rootGraph.add(second);
+        lite.getInputNode(0).connect(0, second, 0);
+        second.widgets.find(widget => widget.name === 'min_tokens').value = 128;
+        const again = sampler.clone();
+        app.rootGraph.add(again);
+        sampler.inputs.forEach((input, slot) => {
+          if (slot && input.link != null) sampler.getInputNode(slot).connect(sampler.getInputLink(slot).origin_slot,
+                                                                            again, slot);
+        });
+        second.connect(0, again, 0);
+        sampler.connect(0, again, 3);
+        again.connect(0, report, 1);
+        return [second.id, app.rootGraph.convertToSubgraph(new Set([lite, second])).node.id]""", LITE, SAMPLER, REPORT)
+    page.run()
+    first, last = (summary["headline"] for summary in page.server.summaries()[-2:])
+    lines = page.look(outer, second)[0]["lines"]
+    assert lines[0] == f"LiteAttention #{second}: {last}" and lines[1] == f"LiteAttention #{LITE}: {first}"
+    assert page.look(outer, second)[1]["lines"][0] == last and page.look(outer, LITE)[1]["lines"][0] == first
+
+
 def test_bypassed_the_text_is_marked_and_report_says_off(page):
     page.load(small_graph())
     page.run()
@@ -242,3 +267,10 @@ def test_a_node_that_does_nothing_says_so(page):
     page.run()
     assert page.look()["lines"] == [REPLACED_NOTE]
     assert page.look(second)[0]["lines"][0] == page.server.summaries()[-1]["headline"]
+
+
+def test_the_script_of_a_second_copy_does_nothing(page):
+    assert page.browser.execute_async_script("""
+        const done = arguments[0], before = app.extensions.length;
+        import('/extensions/ComfyUI-LiteAttention/liteattention.js?copy').then(
+          () => done(app.extensions.length - before), error => done(String(error)))""") == 0
