@@ -19,8 +19,9 @@ REPLACED_NOTE = "off: a LiteAttention node after this one replaces it; remove on
 TWICE_NOTE = "LiteAttention is installed twice; remove one of the two folders"
 
 _PASSED_ON = {"MODEL", "GUIDER"}
-_SAMPLED = {"LATENT", "IMAGE"}
-_SCHEDULE = {"SIGMAS"}
+_OTHER = {"CLIP", "VAE", "CONDITIONING", "CLIP_VISION", "CONTROL_NET", "SIGMAS", "SAMPLER", "NOISE", "MASK", "STRING",
+          "INT", "FLOAT", "BOOLEAN", "COMBO"}
+"""Types that no sampling comes out of. Latents, images, pipes and whatever else could be what was sampled."""
 
 
 def unsampled(prompt: dict, outputs: Callable[[str], Iterable[str] | None]) -> dict[str, str]:
@@ -34,7 +35,7 @@ def unsampled(prompt: dict, outputs: Callable[[str], Iterable[str] | None]) -> d
     readers = defaultdict(list)
     for node_id, node in prompt.items():
         for value in node.get("inputs", {}).values():
-            if isinstance(value, list) and len(value) == 2:
+            if isinstance(value, list) and len(value) == 2 and isinstance(value[1], int):
                 readers[str(value[0]), value[1]].append(node_id)
     found = {node_id: _complaint(prompt, outputs, readers, node_id)
              for node_id, node in prompt.items() if node.get("class_type") == NODE}
@@ -53,7 +54,7 @@ def _complaint(prompt: dict, outputs: Callable[[str], Iterable[str] | None], rea
             replaced |= kind == NODE
             continue
         types = outputs(kind)
-        if types is None or _SAMPLED & {*types} or {*types} - _SCHEDULE and not _PASSED_ON & {*types}:
+        if types is None or {*types} - _PASSED_ON - _OTHER:
             return ""
         todo += [reader for slot, name in enumerate(types) if name in _PASSED_ON for reader in readers[node_id, slot]]
     return REPLACED_NOTE if replaced else NOT_SAMPLED_NOTE
@@ -61,7 +62,8 @@ def _complaint(prompt: dict, outputs: Callable[[str], Iterable[str] | None], rea
 
 def _outputs(kind: str) -> Iterable[str] | None:
     """Of a node class that this ComfyUI has loaded."""
-    return getattr(_loaded_nodes().get(kind), "RETURN_TYPES", None)
+    types = getattr(_loaded_nodes().get(kind), "RETURN_TYPES", None)
+    return None if types is None else [str(name) for name in types]  # some are lists of choices
 
 
 def _loaded_nodes() -> dict[str, type]:
@@ -92,4 +94,4 @@ def warn_of_second_copy() -> None:
     other = getattr(_loaded_nodes().get(NODE), "RELATIVE_PYTHON_MODULE", None)
     if other is not None:
         log.warning("%s: %s, and %s, which is used", TWICE_NOTE, other.rpartition(".")[2],
-                    Path(__file__).resolve().parents[1].name)
+                    Path(__file__).parents[1].name)

@@ -54,7 +54,7 @@ def draw_run(stats: Mapping[str, Any], masks: Sequence[MaskPicture] = ()) -> tor
     canvas = Canvas(WIDTH, HEIGHT)
     inside = canvas.box.inset(GAP, GAP, GAP, GAP)
     if not stats["plan"]:  # of no run
-        _nothing(canvas, inside, stats["headline"])
+        canvas.text(WIDTH // 2, HEIGHT // 2, stats["headline"], TITLE, TEXT, "mm", inside.width)
         return canvas.tensor()
     _figures(canvas, Box(inside.left, inside.top, inside.right, inside.top + 150), stats)
     middle = Box(inside.left, inside.top + 150 + GAP, inside.right, inside.top + 580)

@@ -136,7 +136,8 @@ def first_run(server: Any, browser: Any) -> tuple[bytes, bytes]:
     time.sleep(2)
     save(browser.get_screenshot_as_png(), FIRST_RUN / "2-loaded.jpg")
     click(browser, "//button[@data-testid='queue-button']")
-    text = "return app.graph.nodes.find(n => n.type === 'LiteAttention').widgets.at(-1).value"
+    text = """return app.graph.nodes.find(n => n.type === 'LiteAttention').widgets.find(
+                  widget => widget.name === '$$node-text-preview')?.value"""
     until(lambda: "step 14/20" in str(browser.execute_script(text)), 300, "step 14")
     save(browser.get_screenshot_as_png(), FIRST_RUN / "3-running.jpg")
     until(server.summaries, 300, "the run summary")

@@ -20,11 +20,17 @@ const STORED = "LiteAttention.runs";
 const WORKFLOWS_KEPT = 40;
 const HEIGHT = 124;
 const INACTIVE_MODES = [2, 4]; // muted, bypassed
+const EARLIER = {
+  en: "bypassed; this was an earlier run",
+  zh: "已绕过，以下为之前一次运行",
+  ja: "バイパス中。以下は以前の実行です",
+  ko: "우회됨. 아래는 이전 실행입니다",
+};
 const STYLE = `
 .liteattention-run { box-sizing: border-box; display: flex; flex-direction: column; gap: 4px; min-height: ${HEIGHT}px;
   width: 100%; height: 100%; padding: 6px 8px; border-radius: 8px; overflow: hidden; color: var(--input-text, #ddd);
   background: var(--comfy-input-bg, #222); font: 11px/1.35 system-ui, sans-serif; }
-.liteattention-run.earlier > * { opacity: 0.5; }
+.liteattention-run.earlier svg { opacity: 0.5; }
 .liteattention-run svg { flex: none; width: 100%; height: 34px; }
 .liteattention-run svg:empty { display: none; }
 .liteattention-run svg .computed { fill: currentColor; opacity: 0.16; }
@@ -51,6 +57,7 @@ function read() {
 
 /** Keep a message; when its run is over also beyond this page. Other windows may have kept theirs meanwhile. */
 function keep(run) {
+  if (run.state !== "running") run.time = Date.now();
   const runs = { ...kept.get(run.workflow), [run.node]: run };
   kept.delete(run.workflow);
   kept.set(run.workflow, runs);
@@ -100,6 +107,7 @@ function widgetOf(node, name) {
   const widget = node.addDOMWidget(name, "liteattention", element, {
     serialize: false,
     hideOnZoom: false,
+    hideInPanel: true,
     margin: 6,
     getMinHeight: () => HEIGHT + 12,
     getValue: () => [...runs.values()].flatMap((run) => run.lines).join("\n"),
@@ -126,17 +134,17 @@ function show(run) {
   for (const node of nodes) {
     if (!holdsWidgets(node)) continue;
     const { runs, element } = widgetOf(node, node === nodes.at(-1) ? WIDGET : OUTER_WIDGET);
-    const title = node === nodes.at(-1) ? "" : nodes.at(-1).title;
     runs.delete(run.node);
-    runs.set(run.node, { ...run, earlier, title });
+    runs.set(run.node, { ...run, earlier, name: `${nodes.at(-1).title} #${nodes.at(-1).id}` });
     draw(element, [...runs.values()]);
     node.setDirtyCanvas?.(true, true);
   }
 }
 
-/** A subgraph node with several LiteAttention nodes in it shows the one that has run last, by its title. */
+/** A subgraph node with several LiteAttention nodes in it shows the last run, and the first line of each other one. */
 function draw(element, runs) {
   const run = runs.at(-1);
+  const others = runs.slice(0, -1);
   const chart = element.querySelector("svg") ?? element.appendChild(svg("svg", { preserveAspectRatio: "none" }));
   const text = element.querySelector("pre") ?? element.appendChild(document.createElement("pre"));
   element.classList.toggle("earlier", run.earlier);
@@ -145,11 +153,13 @@ function draw(element, runs) {
   text.className = run.state;
   const head = document.createElement("strong");
   head.textContent = [
-    ...(run.earlier ? ["bypassed; this was an earlier run"] : []),
-    ...(runs.length > 1 ? [run.title] : []),
-    run.lines[0],
+    ...(run.earlier ? [EARLIER[app.extensionManager?.setting?.get("Comfy.Locale")] ?? EARLIER.en] : []),
+    others.length ? `${run.name}: ${run.lines[0]}` : run.lines[0],
   ].join("\n");
-  text.replaceChildren(head, run.lines.slice(1).map((line) => `\n${line}`).join(""));
+  // A workflow can be opened long after its last run: the time tells.
+  const time = run.time ? [new Date(run.time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })] : [];
+  const lines = [...others.map(({ name, lines }) => `${name}: ${lines[0]}`), ...run.lines.slice(1), ...time];
+  text.replaceChildren(head, lines.map((line) => `\n${line}`).join(""));
   text.scrollTop = scrolled;
 }
 
@@ -157,7 +167,8 @@ function draw(element, runs) {
 function drawChart(chart, { steps, total }) {
   const count = Math.max(total, steps.length);
   chart.setAttribute("viewBox", `0 0 ${Math.max(count, 1)} 1`);
-  chart.replaceChildren(...(steps.length ? Array.from({ length: count }, (_, i) => column(i, steps[i])) : []));
+  const columns = steps.length ? Array.from({ length: count }, (_, i) => column(i, steps[i])) : [];
+  chart.replaceChildren(...columns);
 }
 
 function column(i, step) {
@@ -171,10 +182,8 @@ function column(i, step) {
     bar(dense ? "dense" : "computed", 1);
     if (skipped > 0) bar("skipped", skipped);
   }
-  const said = !step ? "to come" : skipped === null ? "no attention ran"
-    : `${Math.round(skipped * 100)}% skipped${dense ? " (dense by plan)" : ""}`;
   const title = svg("title");
-  title.textContent = `step ${i + 1}: ${said}`;
+  title.textContent = `${i + 1}: ${skipped === null ? "-" : `${Math.round(skipped * 100)}%`}`;
   group.append(title);
   return group;
 }

@@ -14,7 +14,7 @@ from liteattention.nodes import LiteAttentionExtension
 OUTPUTS = {"Loader": ["MODEL"], "LiteAttention": ["MODEL", "LITEATTENTION_RUN"], "LiteAttentionReport": ["LATENT"],
            "Lora": ["MODEL", "CLIP"], "KSampler": ["LATENT"], "BasicScheduler": ["SIGMAS"], "CFGGuider": ["GUIDER"],
            "SamplerCustomAdvanced": ["LATENT", "LATENT"], "Efficient": ["MODEL", "CLIP", "LATENT"], "Switch": ["*"],
-           "SaveModel": []}
+           "SaveModel": [], "Pipe": ["PIPE_LINE", "MODEL"], "Info": ["STRING"]}
 
 
 def prompt(*nodes):
@@ -30,6 +30,7 @@ LITE = ("2", "LiteAttention", "1")
 @pytest.mark.parametrize("nodes, found", [
     ([LITE, ("3", "KSampler", "2")], {}),
     ([LITE, ("3", "KSampler", "1")], {"2": NOT_SAMPLED_NOTE}),
+    ([LITE, ("3", "KSampler", ["2", [0]], ["a", "b"])], {"2": NOT_SAMPLED_NOTE}),  # values that are no links
     ([LITE, ("3", "Lora", "2"), ("4", "KSampler", ["3", 0])], {}),
     ([LITE, ("3", "Lora", "2"), ("4", "Lora", ["3", 1])], {"2": NOT_SAMPLED_NOTE}),
     ([LITE, ("3", "KSampler", "1"), ("4", "LiteAttentionReport", "2", "3")], {"2": NOT_SAMPLED_NOTE}),
@@ -41,8 +42,9 @@ LITE = ("2", "LiteAttention", "1")
     ([LITE, ("3", "Lora", "2"), ("4", "LiteAttention", "3"), ("5", "KSampler", "4")], {"2": REPLACED_NOTE}),
     ([LITE, ("3", "LiteAttention", "2"), ("4", "KSampler", "3"), ("5", "KSampler", "2")], {}),
     ([LITE, ("3", "LiteAttention", "1", ["2", 1]), ("4", "KSampler", "3")], {"2": NOT_SAMPLED_NOTE}),
-    # Unknown classes and switches could be samplers.
-    ([LITE, ("3", "OfAnotherPack", "2")], {}), ([LITE, ("3", "Switch", "2")], {}),
+    ([LITE, ("3", "Info", "2")], {"2": NOT_SAMPLED_NOTE}),
+    # Unknown classes, switches and pipes could lead to a sampler.
+    ([LITE, ("3", "OfAnotherPack", "2")], {}), ([LITE, ("3", "Switch", "2")], {}), ([LITE, ("3", "Pipe", "2")], {}),
     ([("3:5", "LiteAttention", "1"), ("3:6", "Lora", "3:5"), ("3:5b", "Lora", "3:6")], {"3:5": NOT_SAMPLED_NOTE}),
 ])
 def test_nodes_that_no_sampler_uses_are_found(nodes, found):

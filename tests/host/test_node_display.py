@@ -29,7 +29,8 @@ const look = id => {
   const widgets = node.widgets.filter(widget => widget.type === 'liteattention' || widget.name.startsWith('$$'));
   const element = widgets[0]?.element, rect = element?.getBoundingClientRect();
   return {
-    widgets: widgets.length, size: [...node.size], lines: element?.querySelector('pre').innerText.split('\\n') ?? [],
+    widgets: widgets.length, size: [...node.size],
+    lines: element?.querySelector('pre').innerText.split('\\n').slice(0, -1) ?? [],  // the last one is the time
     state: element?.querySelector('pre').className, earlier: element?.classList.contains('earlier'),
     columns: [...(element?.querySelectorAll('svg g') ?? [])].map(g => [...g.querySelectorAll('rect')].map(
       rect => [rect.getAttribute('class'), Number(rect.getAttribute('height'))])),
@@ -38,6 +39,14 @@ const look = id => {
 };
 const frames = left => left ? requestAnimationFrame(() => frames(left - 1)) : done(path.map(look));
 frames(3);
+"""
+WATCH = """
+window.heights = [];
+app.api.addEventListener('liteattention.run', () => requestAnimationFrame(() => requestAnimationFrame(() => {
+  const node = app.rootGraph.getNodeById(arguments[0]);
+  const {height} = node.widgets.find(widget => widget.type === 'liteattention').element.getBoundingClientRect();
+  window.heights.push([node.size[1], Math.round(height)]);
+})));
 """
 QUEUE = """
 const done = arguments[0];
@@ -141,8 +150,11 @@ def test_a_node_that_has_never_run_looks_as_it_always_did(page):
 
 def test_a_run_shows_a_chart_and_lines_that_stay_lines(page):
     page.browser.get_log("browser")
-    page.load(small_graph())
+    page.load(small_graph(6))
+    page.js(WATCH, LITE)
     page.run()
+    heights = page.js("return window.heights")
+    assert len(heights) >= 2 and all(height == heights[-1] for height in heights), "it grows at most once"
     shown, summary = page.look(), page.server.summaries()[-1]
     assert shown["widgets"] == 1 and shown["visible"] and not shown["earlier"]
     assert shown["lines"][0] == summary["headline"] and len(shown["lines"]) >= 4
@@ -151,7 +163,7 @@ def test_a_run_shows_a_chart_and_lines_that_stay_lines(page):
     heights = [column[1][1] if len(column) > 1 else 0 for column in shown["columns"]]
     assert heights == pytest.approx(summary["skipped_per_step"], abs=1e-3) and heights[-1] > 0
     severe = [entry["message"] for entry in page.browser.get_log("browser") if entry["level"] == "SEVERE"
-              and "favicon" not in entry["message"]]
+              and "huggingface.co" not in entry["message"]]  # what the default graph would like to download
     assert not severe
 
 
@@ -207,6 +219,31 @@ def test_subgraph_nodes_show_it_at_every_depth(page):
     assert page.look(outer, inner, LITE)[0]["lines"][0] == page.server.summaries()[-1]["headline"]
 
 
+def test_a_subgraph_node_shows_all_runs_in_it(page):
+    page.load(small_graph(4))
+    second, outer = page.js("""
+        const [lite, sampler, report] = [...arguments].map(id => app.rootGraph.getNodeById(id));
+        const second = LiteGraph.createNode('LiteAttention');
+        app.rootGraph.add(second);
+        lite.getInputNode(0).connect(0, second, 0);
+        second.widgets.find(widget => widget.name === 'min_tokens').value = 128;
+        const again = sampler.clone();
+        app.rootGraph.add(again);
+        sampler.inputs.forEach((input, slot) => {
+          if (slot && input.link != null) sampler.getInputNode(slot).connect(sampler.getInputLink(slot).origin_slot,
+                                                                            again, slot);
+        });
+        second.connect(0, again, 0);
+        sampler.connect(0, again, 3);
+        again.connect(0, report, 1);
+        return [second.id, app.rootGraph.convertToSubgraph(new Set([lite, second])).node.id]""", LITE, SAMPLER, REPORT)
+    page.run()
+    first, last = (summary["headline"] for summary in page.server.summaries()[-2:])
+    lines = page.look(outer, second)[0]["lines"]
+    assert lines[0] == f"LiteAttention #{second}: {last}" and lines[1] == f"LiteAttention #{LITE}: {first}"
+    assert page.look(outer, second)[1]["lines"][0] == last and page.look(outer, LITE)[1]["lines"][0] == first
+
+
 def test_bypassed_the_text_is_marked_and_report_says_off(page):
     page.load(small_graph())
     page.run()
@@ -241,3 +278,10 @@ def test_a_node_that_does_nothing_says_so(page):
     page.run()
     assert page.look()["lines"] == [REPLACED_NOTE]
     assert page.look(second)[0]["lines"][0] == page.server.summaries()[-1]["headline"]
+
+
+def test_the_script_of_a_second_copy_does_nothing(page):
+    assert page.browser.execute_async_script("""
+        const done = arguments[0], before = app.extensions.length;
+        import('/extensions/ComfyUI-LiteAttention/liteattention.js?copy').then(
+          () => done(app.extensions.length - before), error => done(String(error)))""") == 0
