@@ -4,9 +4,11 @@ import sys
 import types
 
 import pytest
+import ring_kit
 import torch
+from family_cases import CASES
 from family_cases import case as family_case
-from family_kit import load, sample
+from family_kit import CROSS, load, sample
 
 from liteattention.host import families
 from liteattention.host.raylight import doors, worker
@@ -146,9 +148,29 @@ def test_calls_of_another_model_are_left_alone(held):
     assert held.attend(causal=True)[0].eq(7).all() and held.calls == 1
 
 
-def test_minimax_h3_goes_through_raylights_inner_attention(monkeypatch, inner_attention):
-    import comfy.ldm.minimax.model as minimax
+SERVED = [case for case in CASES if case.network.split(":")[1] in ("WanModel", "VaceWanModel", "CameraWanModel")]
 
+
+@pytest.mark.parametrize("case", SERVED, ids=str)
+def test_every_self_attention_of_wan_goes_through_xfusers_ring(case, monkeypatch):
+    import comfy.ldm.wan.model as wan
+
+    monkeypatch.setitem(sys.modules, doors.RING, ring_kit)
+    monkeypatch.setattr(ring_kit, "select_flash_attn_impl", ring_kit.select_flash_attn_impl)  # put back at the end
+    monkeypatch.setattr(wan, "optimized_attention", ring_kit.attention)
+    model = load(case)
+    dense = sample(case, model)
+    lite = worker.apply(model, {**SETTINGS, "rule": ("Threshold", -30.0)}, ULYSSES)
+    out = sample(case, lite)
+    run = from_plain(worker.last_run(lite)[1])
+    assert run.sparse_calls == len(case.layers) * run.forward_passes and not run.notes
+    assert {reason.text for reason in run.dense_calls} == {CROSS}
+    assert (out - dense).abs().max() < 1e-3 * dense.abs().max()
+    assert not any(block._forward_pre_hooks for block in model.model.diffusion_model.modules())
+
+
+def test_minimax_h3_goes_through_raylights_inner_attention(monkeypatch, inner_attention):
+    minimax = pytest.importorskip("comfy.ldm.minimax.model")
     case = family_case("MiniMax H3")
     model = load(case)
     dense = sample(case, model)
