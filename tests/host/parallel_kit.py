@@ -35,6 +35,9 @@ def import_xfuser(ulysses, cfg, rank):
     cache.get_cache_manager = None
     envs = sys.modules["xfuser.envs"] = sys.modules["xfuser"].envs = types.ModuleType("xfuser.envs")
     envs._is_npu = lambda: False
+    npu = "xfuser.core.long_ctx_attention.ring.ring_npu_flash_attn"  # from 0.5 on
+    sys.modules[npu] = types.ModuleType(npu)
+    sys.modules[npu].xdit_ring_npu_flash_attn_func = None
     groups = sys.modules["xfuser.core.distributed"] = types.ModuleType("xfuser.core.distributed")
     groups.get_ring_parallel_world_size = lambda: 1
     groups.get_classifier_free_guidance_rank = lambda: rank // ulysses if cfg > 1 else 0
@@ -180,7 +183,7 @@ def play(runs):
     run("lite", lite)
     run("off", applied(lite, None))
     run("twice", applied(applied()))
-    if runs.engine.ulysses == 1:
+    if runs.engine.cfg > 1:
         return
     run("odd", lite, size=ODD)
     run("odd dense", runs.model, size=ODD)

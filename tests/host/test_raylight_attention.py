@@ -1,4 +1,4 @@
-"""LiteAttention in a model that xFuser splits over two processes, as Raylight's workers do (see parallel_kit.py)."""
+"""LiteAttention in a model that xFuser splits over processes, as Raylight's workers do (see parallel_kit.py)."""
 
 import os
 import subprocess
@@ -23,10 +23,11 @@ WORLD, STEPS = 2, 4
 
 def played(folder, ulysses, cfg):
     """The results of every rank; none of the processes outlives this call."""
+    world = ulysses * cfg
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    files = [open(folder / f"log{rank}", "w+") for rank in range(WORLD)]
+    files = [open(folder / f"log{rank}", "w+") for rank in range(world)]
     running = [subprocess.Popen(
-        [sys.executable, parallel_kit.__file__, *map(str, (folder, find_comfyui(), rank, WORLD, ulysses, cfg))],
+        [sys.executable, parallel_kit.__file__, *map(str, (folder, find_comfyui(), rank, world, ulysses, cfg))],
         cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT) for rank, file in enumerate(files)]
     deadline = time.monotonic() + 300
     try:
@@ -40,8 +41,8 @@ def played(folder, ulysses, cfg):
             process.kill()
             process.wait()
             file.close()
-    assert codes == [0] * WORLD, "\n".join(Path(file.name).read_text()[-3000:] for file in files)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    assert codes == [0] * world, "\n".join(Path(file.name).read_text()[-3000:] for file in files)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,12 @@ def heads(tmp_path_factory):
 def rows(tmp_path_factory):
     """Two processes, each with one conditioning."""
     return played(tmp_path_factory.mktemp("rows"), 1, WORLD)
+
+
+@pytest.fixture(scope="module")
+def heads_and_rows(tmp_path_factory):
+    """Four processes: half of the heads of one conditioning in each."""
+    return played(tmp_path_factory.mktemp("both"), WORLD, WORLD)
 
 
 def latents(results, name):
@@ -100,7 +107,7 @@ def test_each_rank_has_the_masks_of_its_heads(heads, kit, runs):
         assert result["lite"]["summary"]["mask_bytes"] == runs[-1].masks.peak_bytes // WORLD
 
 
-@pytest.mark.parametrize("results", ["heads", "rows"])
+@pytest.mark.parametrize("results", ["heads", "rows", "heads_and_rows"])
 def test_twice_is_once_and_off_is_dense(results, request):
     results = request.getfixturevalue(results)
     assert torch.equal(latents(results, "twice"), latents(results, "lite"))
@@ -117,6 +124,18 @@ def test_rows_that_go_to_other_processes_have_the_masks_that_they_have_alone(row
     held = [result["lite"]["masks"] for result in rows]
     assert all(len(masks) == LAYERS for masks in held) and not held[0].keys() & held[1].keys()
     assert differing({**held[0], **held[1]}, whole) < 0.01
+
+
+def test_heads_and_rows_are_split_together(heads_and_rows, heads, kit, runs):
+    run = summary(heads_and_rows, "lite")
+    assert run.dense_calls == {reasons.CROSS_ATTENTION: run.sparse_calls} and not run.notes
+    assert run.sparse_calls == len(heads_and_rows) * STEPS * LAYERS
+    assert run.tiles_total == summary(heads, "lite").tiles_total
+    whole, found = alone(kit, runs), {}
+    for rank, result in enumerate(heads_and_rows):
+        found |= {(*key, rank % WORLD): bits for key, bits in result["lite"]["masks"].items()}
+    head = range(WORLD)
+    assert differing(found, {(*key, h): bits[:, h:h + 1] for key, bits in whole.items() for h in head}) < 0.01
 
 
 def test_a_ring_stays_dense_for_its_reason(heads):
