@@ -22,21 +22,21 @@ from comfyui import find_comfyui  # noqa: E402
 from environment import rerun_with_requirements  # noqa: E402
 
 PACK = "ComfyUI-LiteAttention"
-DEMO = "liteattention_tiny_demo"
+DEMO = "demo_liteattention"
 FIRST_RUN = ROOT / "docs" / "images" / "first-run"
 HELP = ROOT / "web" / "docs"
 WORKFLOWS = ROOT / "workflows"
 
-LOAD = """
-const [graph, name, done] = arguments;
-app.loadGraphData(JSON.parse(graph), true, true, name).then(() => done(null), error => done(String(error)));
-"""
 SHOW = """
-const [types, scale, left, top] = arguments;
-const nodes = types.map(type => app.graph.nodes.find(node => node.type === type));
-app.graph.nodes.forEach(node => { node.mode = 0; });
-const box = [Math.min(...nodes.map(n => n.pos[0])), Math.min(...nodes.map(n => n.pos[1])) - 30,
-             Math.max(...nodes.map(n => n.pos[0] + n.size[0])), Math.max(...nodes.map(n => n.pos[1] + n.size[1]))];
+const [type, scale, left, top] = arguments;
+const made = () => {  // of a subgraph: one more, where no other node is
+  const node = LiteGraph.createNode(type);
+  node.pos = [5000, 1000 * app.graph.nodes.length];
+  app.graph.add(node);
+  return node;
+};
+const node = app.graph.nodes.find(node => node.type === type) ?? made();
+const box = [node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]];
 app.canvas.ds.scale = scale;
 app.canvas.ds.offset = [left / scale - box[0], top / scale - box[1]];
 app.canvas.setDirty(true, true);
@@ -51,19 +51,21 @@ arguments[0].forEach((type, i) => {
 });
 """
 RAYLIGHT = ["LiteAttentionRaylight", "LiteAttentionRaylightReport"]
-TITLES = {  # title, line below it
-    "wan2.1_t2v_liteattention": ("Wan 2.1", "Text to video, 30 steps"),
-    "wan2.1_i2v_liteattention": ("Wan 2.1", "Image to video, 20 steps"),
-    "wan2.2_14B_t2v_liteattention": ("Wan 2.2 14B", "Text to video, 20 steps, two models"),
-    "wan2.2_14B_t2v_4steps_liteattention": ("Wan 2.2 14B", "Text to video in 4 steps"),
-    "wan2.2_5B_liteattention": ("Wan 2.2 5B", "Text to video, 20 steps"),
-    "hunyuanvideo1.5_t2v_liteattention": ("HunyuanVideo 1.5", "Text to video, 20 steps"),
-    "ltx2_t2v_liteattention": ("LTX-2", "Text to video with sound, 20 steps"),
-    "ltx2.3_two_stages_liteattention": ("LTX-2.3", "Two stages, 8 + 3 steps"),
-    "minimax_h3_t2v_liteattention": ("MiniMax H3", "Text to video with sound, 20 steps"),
-    "liteattention_report_and_compare": ("Report, Compare", "What it did, and what it cost"),
-    DEMO: ("Tiny demo", "Runs anywhere, nothing to download"),
+CARDS = {  # title, line below it, runs: each as (steps, of them dense) of its samplers
+    "wan2.1_1.3B_t2v_liteattention": ("Wan 2.1 1.3B", "Text to video, small cards", [[(30, 2)]]),
+    "wan2.2_14B_t2v_liteattention": ("Wan 2.2 14B", "Text to video, 20 or 4 steps", [[(10, 2), (10, 0)],
+                                                                                     [(2, 1), (2, 0)]]),
+    "wan2.2_14B_i2v_liteattention": ("Wan 2.2 14B", "Image to video, 20 or 4 steps", [[(10, 2), (10, 0)],
+                                                                                      [(2, 1), (2, 0)]]),
+    "wan2.2_5B_liteattention": ("Wan 2.2 5B", "Text or image to video", [[(20, 2)]]),
+    "hunyuanvideo1.5_t2v_liteattention": ("Hunyuan 1.5", "Text to video, 720p", [[(20, 2)]]),
+    "ltx2.3_two_stages_liteattention": ("LTX-2.3", "Text to video with sound", [[(8, 1), (3, 0)]]),
+    "minimax_h3_t2v_liteattention": ("MiniMax H3", "Text to video with sound", [[(20, 2)]]),
+    "liteattention_report_and_compare": ("Report", "What it did, and what it cost", []),
+    DEMO: ("Start here", "Runs anywhere, no download", []),
 }
+COLOURS = {"wan2.1": (62, 72, 128), "wan2.2": (92, 62, 132), "hunyuan": (32, 96, 120), "ltx": (126, 74, 52),
+           "minimax": (112, 48, 84)}
 
 
 def save(png: bytes, path: Path, crop: tuple[float, float, float, float] | None = None, width: int = 1200,
@@ -105,17 +107,9 @@ def click(browser: Any, xpath: str) -> None:
     element.click()
 
 
-def load(browser: Any, name: str) -> None:
-    """A shipped graph, as if it had been dragged into the window."""
-    error = browser.execute_async_script(LOAD, (WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"), name)
-    if error:
-        raise RuntimeError(f"{name}: {error}")
-    time.sleep(1)
-
-
-def around(browser: Any, types: list[str], scale: float) -> tuple[bytes, tuple]:
-    """(screenshot, crop) of the first node of each of these types, away from what lies over the edges of the canvas."""
-    left, top, width, height = browser.execute_script(SHOW, types, scale, 350, 200)
+def around(browser: Any, kind: str, scale: float) -> tuple[bytes, tuple]:
+    """(screenshot, crop) of the first node of this type, away from what lies over the edges of the canvas."""
+    left, top, width, height = browser.execute_script(SHOW, kind, scale, 350, 200)
     time.sleep(1.5)
     badge, room = 24 * scale, 12
     return browser.get_screenshot_as_png(), (left - room, top - badge - room, width + 2 * room,
@@ -129,7 +123,7 @@ def first_run(server: Any, browser: Any) -> tuple[bytes, bytes]:
     time.sleep(4)
     save(browser.get_screenshot_as_png(), FIRST_RUN / "1-templates.jpg")
     click(browser, f"//h3[text()='{DEMO}']")
-    until(lambda: browser.execute_script("return app.graph.nodes.some(n => n.type === 'LiteAttentionDemoModel')"), 30,
+    until(lambda: browser.execute_script("return app.graph.nodes.some(n => n.type === 'LiteAttention')"), 30,
           "the demo graph")
     time.sleep(2)
     browser.execute_script("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
@@ -157,45 +151,51 @@ def help_pictures(browser: Any) -> None:
     browser.set_window_size(2000, 1500)
     browser.execute_script(ADD, RAYLIGHT)
     time.sleep(1)
-    for types, scale, name, width in (
-            (["LiteAttention"], 1.5, "LiteAttention", 480), (["LiteAttentionReport"], 1.3, "LiteAttentionReport", 800),
-            (["LiteAttentionCompare"], 1.3, "LiteAttentionCompare", 800),
-            (["LiteAttentionDemoModel", "ModelSamplingSD3"], 1.3, "LiteAttentionDemoModel", 480),
-            (["LiteAttentionDemoPrompt"], 1.3, "LiteAttentionDemoPrompt", 480),
-            (["LiteAttentionDemoDecode"], 1.3, "LiteAttentionDemoDecode", 480),
-            *(([name], 1.3, name, 480) for name in RAYLIGHT)):
-        png, crop = around(browser, types, scale)
-        save(png, HELP / f"{name}.jpg", crop, width)
+    for kind, scale, width in (("LiteAttention", 1.5, 480), ("LiteAttentionReport", 1.3, 800),
+                               ("LiteAttentionCompare", 1.3, 800), ("LiteAttentionDemoModel", 1.3, 480),
+                               ("LiteAttentionDemoPrompt", 1.3, 480), ("LiteAttentionDemoDecode", 1.3, 480),
+                               *((name, 1.3, 480) for name in RAYLIGHT)):
+        png, crop = around(browser, kind, scale)
+        save(png, HELP / f"{kind}.jpg", crop, width)
 
 
-def thumbnails(browser: Any, shown: dict[str, bytes]) -> None:
-    """A square card for each workflow: its title, and the part of its graph where LiteAttention is.
+def thumbnails(shown: dict[str, bytes]) -> None:
+    """A square card for each workflow: the model, and which steps compute all of the attention.
 
     Args:
-        shown: pictures to take instead, by workflow.
+        shown: pictures to take instead of the steps, by workflow.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    side, band = 440, 150
-    browser.set_window_size(2000, 1500)
+    side, left = 440, 24
     for path in sorted(WORKFLOWS.glob("*.json")):
+        title, line, runs = CARDS[path.stem]
+        card = Image.new("RGB", (side, side), next(
+            (colour for model, colour in COLOURS.items() if path.stem.startswith(model)), (24, 24, 27)))
+        draw, font = ImageDraw.Draw(card), ImageFont.load_default
         if path.stem in shown:
             picture = Image.open(io.BytesIO(shown[path.stem])).convert("RGB")
-            width = min(round(picture.height * side / (side - band)), picture.width)
-            picture = picture.crop((0, 0, width, round(width * (side - band) / side)))
-        else:
-            load(browser, path.stem)
-            png, (left, top, *_) = around(browser, ["LiteAttention"], 0.9)
-            left, top = left - 80, top - 20
-            picture = Image.open(io.BytesIO(png)).convert("RGB").crop((
-                round(left), round(top), round(left) + side * 5 // 4, round(top) + (side - band) * 5 // 4))
-        card = Image.new("RGB", (side, side), (24, 24, 27))
-        card.paste(picture.resize((side, side - band), Image.Resampling.LANCZOS), (0, 0))
-        draw, font = ImageDraw.Draw(card), ImageFont.load_default
-        draw.rectangle((0, side - band, side, side - band + 4), fill=(122, 90, 160))
-        # Below: the template browser puts a badge over the upper left corner.
-        for text, y, size, grey in zip(TITLES[path.stem], (56, 110), (44, 22), (240, 190), strict=True):
-            draw.text((24, side - band + y), text, fill=(grey,) * 3, font=font(size=size), anchor="lm")
+            picture = picture.crop((0, 0, picture.width * 5 // 6, picture.width * 5 // 6 * 256 // side))
+            card.paste(picture.resize((side, 256), Image.Resampling.LANCZOS), (0, 56))
+        # The upper 56 pixels stay empty: the template browser puts a badge there.
+        top = 312 if path.stem in shown else 76
+        for text, y, size, grey in ((title, top + 32, 56, 255), (line, top + 84, 27, 215)):
+            draw.text((left, y), text, fill=(grey,) * 3, font=font(size=size), anchor="lm")
+        for number, run in enumerate(runs):
+            y, total = 226 + 84 * number, sum(steps for steps, _ in run)
+            text = " + ".join(str(steps) for steps, _ in run) + " steps"
+            draw.text((left, y), text, fill=(215,) * 3, font=font(size=24), anchor="lm")
+            width = min((side - 2 * left - 14 * (len(run) - 1)) / total, 30)
+            x = float(left)
+            for steps, dense in run:
+                for step in range(steps):
+                    fill = (255, 255, 255) if step < dense else None
+                    draw.rectangle((x, y + 20, x + width - 4, y + 44), fill=fill, outline=(255,) * 3, width=2)
+                    x += width
+                x += 14
+        if runs:
+            draw.text((left, 412), "filled: all attention. empty: skips", fill=(215,) * 3, font=font(size=21),
+                      anchor="lm")
         card.save(path.with_suffix(".jpg"), quality=80, optimize=True)
         print(f"{path.stem}.jpg: {path.with_suffix('.jpg').stat().st_size / 1024:.0f} KB")
 
@@ -222,7 +222,7 @@ def main() -> int:
             if "help" in wanted:
                 help_pictures(browser)
             if "thumbnails" in wanted:
-                thumbnails(browser, {DEMO: strip, "liteattention_report_and_compare": report})
+                thumbnails({DEMO: strip, "liteattention_report_and_compare": report})
         finally:
             browser.quit()
     return 0

@@ -147,7 +147,7 @@ def test_shipped_workflows_use_nodes_that_are_there(server, path):
 
 def test_the_template_browser_lists_them(server):
     listed = server.get("/workflow_templates")
-    assert any("wan2.1_t2v_liteattention" in names for names in listed.values()), listed
+    assert any("wan2.2_14B_t2v_liteattention" in names for names in listed.values()), listed
 
 
 def test_a_prompt_skips_tiles_and_tells(server, prompt):
