@@ -241,7 +241,8 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
                      disable_pbar=False, seed=None, **kwargs):
         guider = executor.class_obj
         device = guider.model_patcher.load_device
-        chosen = next(iter(chosen_attention.chosen(interop.network(guider.model_patcher))), None)
+        network = interop.network(guider.model_patcher)
+        chosen = next(iter(chosen_attention.chosen(network)), None)
         carried, why_none = continue_from.carried() if continue_from is not None else (None, "")
         handle.start(progress.prompt_id())
         ticker = progress.Ticker(node_id)
@@ -253,11 +254,11 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
             run.notes.add(f"continue_from: {why_none}; the masks start anew")
         original_options = guider.model_options
         try:
-            guider.model_options = _with_run(original_options, run, owner)
-            # Before the first step, not inside it: the first question on a machine takes a while.
-            if device.type != "cpu":
-                progress.show("starting; the first run on a machine checks and compiles its kernels", node_id)
-            run.sparse.backend(device)
+            guider.model_options = _with_run(original_options, run, owner, network)
+            if not run.unreached:  # before the first step: the first question on a machine takes a while
+                if device.type != "cpu":
+                    progress.show("starting; the first run on a machine checks and compiles its kernels", node_id)
+                run.sparse.backend(device)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(run, callback),
                               disable_pbar, seed, **kwargs)
             _finish(run, handle, guider)
@@ -277,13 +278,14 @@ def run_handle(model: Any) -> RunHandle | None:
     return getattr(wrappers[-1], _HANDLE, None) if wrappers else None
 
 
-def _with_run(model_options: dict, run: SamplingRun, owner: object) -> dict:
-    """A clone of a guider's options with the run in it, or without where they are not understood."""
+def _with_run(model_options: dict, run: SamplingRun, owner: object, network: torch.nn.Module | None) -> dict:
+    """A clone of a guider's options with the run in it, or without where the model is not served or they are not
+    understood."""
     options = core(compat.CLONE_OPTIONS)(model_options)
     transformer_options = options.setdefault("transformer_options", {})
     try:
-        if interop.compiled_as_one_graph(options):
-            run.notes.add(interop.FULLGRAPH_NOTE)
+        run.unreached = interop.off(options, network)
+        if run.unreached:
             interop.take_off(transformer_options, _FALLBACK)
             return options
         transformer_options[KEY] = _HungRun(run, owner, model_call.pass_fingerprint(transformer_options),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..runtime.reasons import CROSS_ATTENTION, SPARSE_ON_TOP, Reason
-from . import model_call
+from . import families, model_call
 from .compat import attention_name, core
 
 OVERRIDE = "optimized_attention_override"
@@ -27,6 +27,11 @@ FULLGRAPH_NOTE = ("torch.compile is set to fullgraph, and attention that keeps m
 def network(patcher: Any) -> torch.nn.Module | None:
     """The diffusion model of a ModelPatcher."""
     return getattr(getattr(patcher, "model", None), "diffusion_model", None)
+
+
+def off(model_options: Mapping, network: torch.nn.Module | None) -> str:
+    """Why the whole run is left to the attention that was there before, and what to do; "" where it is not."""
+    return FULLGRAPH_NOTE if compiled_as_one_graph(model_options) else families.not_served(network)
 
 
 def compiled_as_one_graph(model_options: Mapping) -> bool:

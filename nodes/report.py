@@ -7,7 +7,7 @@ import json
 from comfy_api.latest import io, ui
 
 from ..host import run_handle
-from ..report import compare_clips, draw_run, mask_pictures, run_summary
+from ..report import compare_clips, draw_run, mask_pictures
 from ..runtime import parse_blocks
 
 _FRAMES_MAX, _GAIN_MAX = 8, 64.0
@@ -70,7 +70,7 @@ class LiteAttentionReport(io.ComfyNode):
         pictures = [] if handle.masks is None else mask_pictures(
             handle.masks.by_layer(), parse_blocks(layers).holds, parse_blocks(heads).holds,
             handle.layout.frame_edges if handle.layout is not None else lambda seqlen: ())
-        plot, summary = draw_run(stats, pictures), run_summary(stats)
+        plot, summary = draw_run(stats, pictures), handle.summary.report()
         return io.NodeOutput(samples, plot, summary, json.dumps(stats), ui=ui.PreviewImage(plot, cls=cls))
 
 

@@ -18,6 +18,8 @@ SMALL_SHARE = 0.2
 """Of a run's time that attention takes when dense: with less, even skipping half of it saves less than a tenth."""
 MUCH_DENSE = 0.1
 """Of the self-attention over the video's tokens that stays dense, for a faster dense attention to be worth a word."""
+SLOWER = 0.98
+"""Speed-ups below are a slowdown; from here to 1 the clock's noise could be all of it."""
 
 _OTHER = {CROSS_ATTENTION: "cross-attention calls", NOT_VIDEO: "calls over other tokens"}
 """Reasons of calls that are no self-attention over the video."""
@@ -137,19 +139,26 @@ class RunSummary:
         return dense / self.seconds if dense and self.seconds and self.sparse_calls else None
 
     @property
+    def slower(self) -> bool:
+        """Whether the run was timed and took longer than a dense one would have."""
+        return self.speed_up is not None and self.speed_up < SLOWER
+
+    @property
     def attention_share(self) -> float | None:
         """Share of `dense_run_seconds` that self-attention over the video's tokens takes, 0..1."""
         whole = self.dense_run_seconds
         return min(1.0, self.saved.dense_seconds / whole) if whole else None
 
     def to_dict(self) -> dict:
-        """Plain values for JSON. "expected" are the reasons in "dense_calls" that are normal or the user's settings."""
+        """Plain values for JSON. "expected" are the reasons in "dense_calls" that are normal or the user's settings,
+        "not_self_attention" those of other attention, which is never sparse."""
         dense_calls = {reason.text: count for reason, count in self.dense_calls.items()}
         layers = {name: [None if share is None else round(share, 4) for share in shares]
                   for name, shares in self.layers.items()}
         return {**asdict(replace(self, dense_calls={})), "dense_calls": dense_calls, "layers": layers,
                 "expected": sorted(reason.text for reason in self.dense_calls if reason.expected),
-                "headline": self.headline(), "skipped": self.skipped, "speed_up": self.speed_up,
+                "not_self_attention": sorted(reason.text for reason in self.dense_calls if reason in _OTHER),
+                "headline": self.headline(), "skipped": self.skipped, "speed_up": self.speed_up, "slower": self.slower,
                 "dense_run_seconds": self.dense_run_seconds, "attention_share": self.attention_share}
 
     def text(self) -> str:
@@ -160,6 +169,18 @@ class RunSummary:
         """The same for the node, line by line."""
         return NODE_LINE.join(self.lines())
 
+    def report(self) -> str:
+        """The lines, the range of the layers, and versions; for **LiteAttention Report**."""
+        lines = self.lines()
+        last = {name: known[-1] for name, shares in self.layers.items()
+                if (known := [share for share in shares if share is not None])}
+        if last:
+            least, most = min(last, key=lambda n: last[n]), max(last, key=lambda n: last[n])
+            lines.append(f"layers when last run: {last[least]:.0%} ({least}) to {last[most]:.0%} ({most}) skipped")
+        if self.environment:
+            lines.append(", ".join(f"{name} {value}" for name, value in self.environment.items()))
+        return "\n".join(lines)
+
     def headline(self) -> str:
         """On, or why not; how much was skipped, how fast, and the first thing to change."""
         if not self.sparse_calls:
@@ -169,7 +190,8 @@ class RunSummary:
             return "; try: ".join(filter(None, (f"off: {why}", self.advice[0] if self.advice else "")))
         parts = [f"on: {self.skipped:.1%} of attention skipped"]
         if self.speed_up is not None:
-            parts.append(f"{self.speed_up:.2f}x as fast as dense")
+            parts.append(f"slower: {self.speed_up:.2f}x of dense" if self.slower
+                         else f"{self.speed_up:.2f}x as fast as dense")
         return "; try: ".join([", ".join(parts), *self.advice[:1]])
 
     def main_reason(self) -> Reason | None:
@@ -178,21 +200,21 @@ class RunSummary:
                    key=lambda reason: (not reason.expected, reason not in _OTHER, self.dense_calls[reason]))
 
     def lines(self) -> list[str]:
-        """The headline, then short lines in a fixed order: time, calls, steps, masks, further advice, notes."""
+        """The headline, then short lines in a fixed order: further advice, time, quality, calls, notes, masks."""
         lines = [self.headline()]
         if not self.sparse_calls and not self.dense_calls:
             return lines + self.notes
+        lines += [f"try: {advice}" for advice in self.advice[1:]]
         if self.speed_up is not None:
             lines.append(f"time: {self.seconds:.1f} s, dense about {self.dense_run_seconds:.1f} s, of which attention "
                          f"{self.attention_share:.0%}")
+        lines.append(f"quality: {self.rule}, {self.plan}")
         lines.append(self._calls())
-        lines.append(f"steps: {self.plan}, {self.rule}")
-        lines.append(f"masks: {bytes_text(self.mask_bytes)}" + (f", {self.backend}" if self.backend else ""))
         if DENSE_FASTER in self.dense_calls:
             known = dict.fromkeys(f"{known['density']:.0%} ({known['source']})" for known in self.break_evens)
             lines.append(f"dense attention is faster above {', '.join(known)} of the tiles")
-        lines += [f"try: {advice}" for advice in self.advice[1:]]
-        return lines + self.notes
+        masks = f"masks: {bytes_text(self.mask_bytes)}" + (f", {self.backend}" if self.backend else "")
+        return [*lines, *self.notes, masks]
 
     def _calls(self) -> str:
         """Self-attention over the video first: the others are never sparse."""
@@ -218,13 +240,16 @@ def advise(summary: RunSummary, rule: Rule, faster_dense: str = "") -> list[str]
     found = []
     bolder = f"{rule.bolder()} to skip more, and look at the video" if rule.bolder() else \
         "this video has little to skip; fewer steps save more"
+    if summary.slower:
+        found.append("bypass the node here, it costs more time than it saves; longer and larger videos gain more")
     declined = {reason: count for reason, count in summary.dense_calls.items() if not reason.expected}
     if sum(declined.values()) > summary.sparse_calls:
         main = max(declined, key=lambda reason: declined[reason])
         found.append(bolder if main == DENSE_FASTER else main.hint)
     if NO_STEP_LEFT in summary.plan:
         found.append("lower warmup_steps or dense_end_steps: no step was left to skip in")
-    elif summary.sparse_calls and summary.skipped < LITTLE_SKIPPED and RECORDS_ONLY not in summary.plan:
+    elif (summary.sparse_calls and not summary.slower and summary.skipped < LITTLE_SKIPPED
+          and RECORDS_ONLY not in summary.plan):
         found.append(bolder)
     share = summary.attention_share
     if share is not None and share < SMALL_SHARE:
