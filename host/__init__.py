@@ -1,6 +1,7 @@
 """The bridge to ComfyUI: the only folder that imports comfy."""
 
 from .attach import attach, run_handle
+from .language import language
 from .progress import is_continued
 
-__all__ = ["attach", "is_continued", "run_handle"]
+__all__ = ["attach", "is_continued", "language", "run_handle"]

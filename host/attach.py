@@ -23,10 +23,12 @@ from ..runtime import (
     RunHandle,
     RunSummary,
     SamplingRun,
+    words,
 )
 from . import chosen_attention, compat, containers, families, interop, model_call, progress
 from .compat import allocation_guard, attention_name, core, faster_dense
 from .environment import environment
+from .language import language
 
 log = logging.getLogger("LiteAttention")
 
@@ -36,6 +38,8 @@ KEY = "lite_attention"
 FORWARD_KEY = "lite_attention_forward_pass"
 _FALLBACK = "lite_attention_fallback"
 _HANDLE = "lite_attention_handle"
+STARTING = "starting; the first run on a machine checks and compiles its kernels"
+OFF_HERE = "LiteAttention is off: this ComfyUI has no {names}. Update LiteAttention"
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
         ValueError: the model already has ComfyUI's own sparse attention.
     """
     if missing := compat.missing():
-        text = f"LiteAttention is off: this ComfyUI has no {', '.join(missing)}. Update LiteAttention"
-        log.warning(text)
-        progress.show(text, node_id)
+        names = ", ".join(missing)
+        log.warning(OFF_HERE.format(names=names))
+        progress.show(words(language())(OFF_HERE, names=names), node_id)
         return model
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
@@ -245,10 +249,10 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
         chosen = next(iter(chosen_attention.chosen(network)), None)
         carried, why_none = continue_from.carried() if continue_from is not None else (None, "")
         handle.start(progress.prompt_id())
-        ticker = progress.Ticker(node_id)
+        ticker, spoken = progress.Ticker(node_id), language()
         run = SamplingRun(config, max(1, len(sigmas) - 1), allocating=allocation_guard, break_evens=timed,
                           carried=carried, continued=handle.continued,
-                          on_step=lambda report: ticker.show(report.text),
+                          on_step=lambda report: ticker.show(lambda: report.text(spoken)),
                           faster_dense=faster_dense(fallback or chosen, device))
         if why_none:
             run.notes.add(f"continue_from: {why_none}; the masks start anew")
@@ -257,7 +261,7 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
             guider.model_options = _with_run(original_options, run, owner, network)
             if not run.unreached:  # before the first step: the first question on a machine takes a while
                 if device.type != "cpu":
-                    progress.show("starting; the first run on a machine checks and compiles its kernels", node_id)
+                    progress.show(words(spoken)(STARTING), node_id)
                 run.sparse.backend(device)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(run, callback),
                               disable_pbar, seed, **kwargs)
@@ -265,7 +269,7 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
             return result
         finally:
             guider.model_options = original_options
-            _close(run, handle, node_id, guider.model_patcher)
+            _close(run, handle, node_id, guider.model_patcher, spoken)
 
     setattr(outer_sample, _HANDLE, handle)
     return outer_sample
@@ -322,21 +326,21 @@ def _finish(run: SamplingRun, handle: RunHandle, guider: Any) -> None:
         run.notes.add(f"the masks of this run are lost to later nodes. {_text(error)}")
 
 
-def _close(run: SamplingRun, handle: RunHandle, node_id: str | None, patcher: Any) -> None:
+def _close(run: SamplingRun, handle: RunHandle, node_id: str | None, patcher: Any, spoken: str) -> None:
     """However the run has ended. Never raises: its caller has to see the latent, or the error of the run."""
     handle.summary = None
     try:
         handle.summary = replace(run.close(), environment=environment(patcher))
-        _show(handle.summary, node_id)
+        _show(handle.summary, node_id, spoken)
     except Exception:
         # As text: a log that keeps its records would keep the run.
         log.error("LiteAttention: the run summary is lost. %s", traceback.format_exc())
 
 
-def _show(summary: RunSummary, node_id: str | None) -> None:
+def _show(summary: RunSummary, node_id: str | None, spoken: str) -> None:
     log.info("LiteAttention: %s", summary.text())
     log.debug("LiteAttention run summary %s", json.dumps(summary.to_dict()))
-    progress.show(summary.node_text(), node_id)
+    progress.show(summary.node_text(spoken), node_id)
 
 
 def _text(error: Exception) -> str:

@@ -18,7 +18,8 @@ _PREPARE_STATE = "comfy.patcher_extension:CallbacksMP.ON_PREPARE_STATE"
 _SPARSE_MODULE = "comfy_extras.nodes_sparse_attention"
 _SPARSE_KEY = "block_sparse_attention"
 
-NO_CALL, NO_SELF_ATTENTION = (f"no {calls} reached LiteAttention: " for calls in ("attention call", "self-attention"))
+NO_CALL = "no attention call reached LiteAttention: {}"
+NO_SELF_ATTENTION = "no self-attention reached LiteAttention: {}"
 SPARSE_NOTE = "Model Sparse Attention, applied after this node, has the attention. Remove one of the two nodes"
 FULLGRAPH_NOTE = ("torch.compile is set to fullgraph, and attention that keeps masks cannot be part of a graph; "
                   "LiteAttention is off in this run. Turn fullgraph off")
@@ -87,15 +88,16 @@ def unreached(patcher: Any, options: Mapping, fallback: str, sparse_calls: int,
     on_top = options.get(OVERRIDE)
     if not dense_calls and not hasattr(on_top, fallback):
         name = "another attention" if on_top is None else attention_name(on_top)
-        return SPARSE_NOTE if _has_sparse(patcher) else (
-            f"{NO_CALL}{name}, set by a node after it, has the attention; put LiteAttention last before the sampler")
+        return SPARSE_NOTE if _has_sparse(patcher) else NO_CALL.format(
+            f"{name}, set by a node after it, has the attention; put LiteAttention last before the sampler")
     reached = NO_SELF_ATTENTION if dense_calls else NO_CALL
     replaced = _replaced_modules(patcher)
     if replaced:
-        return f"{reached}a node has replaced {replaced[0]} and {len(replaced) - 1} more; remove it, or this one"
+        return reached.format(f"a node has replaced {replaced[0]} and {len(replaced) - 1} more; remove it, or this one")
     if (options.get("patches_replace") or {}).get("dit"):
-        return f"{reached}a node computes whole blocks of the model; remove it, or this one"
-    return f"{reached}the model, or a node, computes it in another way; LiteAttention cannot make this model faster"
+        return reached.format("a node computes whole blocks of the model; remove it, or this one")
+    return reached.format("the model, or a node, computes it in another way; LiteAttention cannot make this model "
+                          "faster")
 
 
 def _replaced_modules(patcher: Any) -> list[str]:

@@ -35,7 +35,7 @@ KERNELS = ROOT / "kernels"
 MESSAGES = {
     "notes": pieces(r"note(?:s\.add)?\(", *SOURCES),
     "notes about other nodes": {text for path in SOURCES for name, text in constants(path) if name.endswith("_NOTE")},
-    "why nothing reaches the pack": pieces(r'return(?= f"{reached})', ROOT / "host" / "interop.py"),
+    "why nothing reaches the pack": pieces(r"(?:reached|NO_CALL)\.format\(", ROOT / "host" / "interop.py"),
     "notes about masks": {masks.SIZE_CHANGED, masks.NO_MATCH, *pieces(r"None, \(", ROOT / "runtime" / "masks.py")},
     "why no run is continued": {run.NO_RUN, run.NOT_FINISHED, run.SEVERAL, run.NOTHING, run.LOST},
     "calls that the kernels do not compute": pieces(r'return no\([^#]*?,\s*(?=f?"[^"]*"\)\n)', KERNELS / "api.py"),

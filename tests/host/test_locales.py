@@ -1,6 +1,7 @@
 """The nodes' texts in every language: complete, of the same numbers and names as the schema, and served."""
 
 import re
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -103,6 +104,20 @@ def test_the_server_serves_them(server):
     for language in LANGUAGES:
         there = served[language]["nodeDefs"]
         assert {name: there[name] for name in NODES} == read_locale(language)
+
+
+def pixels(label):
+    """About as wide as the frontend draws it, which makes a node as wide as its labels."""
+    return sum(14 if unicodedata.east_asian_width(letter) in "WF" else 6.9 for letter in label)
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_labels_leave_the_node_as_wide_as_the_shipped_graphs_draw_it(language):
+    """270 pixels and a few: 77 of a widget are its arrows and value, 43 lie around the labels of input and output."""
+    texts = read_locale(language)["LiteAttention"]
+    inputs = {key: pixels(described["name"]) for key, described in texts["inputs"].items()}
+    slots = max(inputs["model"], inputs["continue_from"]) + max(pixels(x["name"]) for x in texts["outputs"].values())
+    assert max(inputs.values()) + 77 <= 280 and slots + 43 <= 300, inputs
 
 
 def help_page(node, language="en"):

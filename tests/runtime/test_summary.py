@@ -146,7 +146,7 @@ def test_the_reason_of_most_dense_calls_decides(reason):
     assert advice(dense_calls={CROSS_ATTENTION: 900, reason: 700}) == [], "most are sparse"
 
 
-@pytest.mark.parametrize("rule, said", [(ErrorBudget(0.3), "now 0.3; fewer steps can be closer to dense) to skip more"),
+@pytest.mark.parametrize("rule, said", [(ErrorBudget(0.3), "(now 0.3) to skip more, and look at the video; fewer"),
                                         (Threshold(-10), "raise threshold to -8 (now -10)"),
                                         (ErrorBudget(1), "fewer steps save more")])
 def test_a_rule_that_skips_little_is_to_be_bolder_as_far_as_it_goes(rule, said):
