@@ -2,6 +2,7 @@
 
 from .attach import attach, run_handle
 from .graph_checks import warn_of_second_copy, watch_prompts
+from .language import language
 from .progress import is_continued
 
-__all__ = ["attach", "is_continued", "run_handle", "warn_of_second_copy", "watch_prompts"]
+__all__ = ["attach", "is_continued", "language", "run_handle", "warn_of_second_copy", "watch_prompts"]

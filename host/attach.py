@@ -23,10 +23,12 @@ from ..runtime import (
     RunHandle,
     RunSummary,
     SamplingRun,
+    words,
 )
 from . import chosen_attention, compat, containers, families, interop, model_call, progress
 from .compat import allocation_guard, attention_name, core, faster_dense
 from .environment import environment
+from .language import language
 from .share import WHOLE, Share
 
 log = logging.getLogger("LiteAttention")
@@ -37,6 +39,8 @@ KEY = "lite_attention"
 FORWARD_KEY = "lite_attention_forward_pass"
 _FALLBACK = "lite_attention_fallback"
 _HANDLE = "lite_attention_handle"
+STARTING = "starting; the first run on a machine checks and compiles its kernels"
+OFF_HERE = "LiteAttention is off: this ComfyUI has no {names}. Update LiteAttention"
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,9 @@ def attach(model: Any, config: LiteAttentionConfig, *, node_id: str | None = Non
         ValueError: the model already has ComfyUI's own sparse attention.
     """
     if missing := compat.missing():
-        text = f"LiteAttention is off: this ComfyUI has no {', '.join(missing)}. Update LiteAttention"
-        log.warning(text)
-        progress.show(node_id, [text], progress.running_workflow())
+        names = ", ".join(missing)
+        log.warning(OFF_HERE.format(names=names))
+        progress.show(node_id, [words(language())(OFF_HERE, names=names)], progress.running_workflow())
         return model
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
@@ -262,7 +266,8 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
                      disable_pbar=False, seed=None, **kwargs):
         guider = executor.class_obj
         device = guider.model_patcher.load_device
-        chosen = next(iter(chosen_attention.chosen(interop.network(guider.model_patcher))), None)
+        network = interop.network(guider.model_patcher)
+        chosen = next(iter(chosen_attention.chosen(network)), None)
         carried, why_none = continue_from.carried() if continue_from is not None else (None, "")
         handle.start(progress.prompt_id())
         display = progress.NodeDisplay(node_id)
@@ -274,11 +279,12 @@ def make_run_wrapper(config: LiteAttentionConfig, owner: object, node_id: str | 
             run.notes.add(f"continue_from: {why_none}; the masks start anew")
         original_options = guider.model_options
         try:
-            guider.model_options = _with_run(original_options, run, owner, share)
+            guider.model_options = _with_run(original_options, run, owner, share, network)
             devices = compat.devices(guider.model_patcher)
             if len(devices) > 1:
                 interop.hand_on_sigmas(guider.model_options)
-            _ask_backends(run, devices, display)
+            if not run.unreached:
+                _ask_backends(run, devices, display)
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, _step_callback(run, callback),
                               disable_pbar, seed, **kwargs)
             _finish(run, handle, guider)
@@ -296,7 +302,7 @@ def _ask_backends(run: SamplingRun, devices: list[torch.device],
     """Before the first step, not inside it: the first question on a machine takes a while, and with several GPUs each
     would be asked in a thread of its own."""
     if any(device.type != "cpu" for device in devices):
-        display.say("starting; the first run on a machine checks and compiles its kernels")
+        display.say(STARTING)
     for device in devices:
         run.sparse.backend(device)
 
@@ -308,13 +314,15 @@ def run_handle(model: Any) -> RunHandle | None:
     return getattr(wrappers[-1], _HANDLE, None) if wrappers else None
 
 
-def _with_run(model_options: dict, run: SamplingRun, owner: object, share: Share) -> dict:
-    """A clone of a guider's options with the run in it, or without where they are not understood."""
+def _with_run(model_options: dict, run: SamplingRun, owner: object, share: Share,
+              network: torch.nn.Module | None) -> dict:
+    """A clone of a guider's options with the run in it, or without where the model is not served or they are not
+    understood."""
     options = core(compat.CLONE_OPTIONS)(model_options)
     transformer_options = options.setdefault("transformer_options", {})
     try:
-        if interop.compiled_as_one_graph(options):
-            run.notes.add(interop.FULLGRAPH_NOTE)
+        run.unreached = interop.off(options, network)
+        if run.unreached:
             interop.take_off(transformer_options, _FALLBACK)
             return options
         transformer_options[KEY] = _HungRun(run, owner, model_call.pass_fingerprint(transformer_options),

@@ -19,6 +19,7 @@ from ..runtime.reasons import CACHED_KEYS, FRAME_BY_FRAME, Reason
 from ..runtime.video_tokens import VideoTokens
 from . import model_call
 from .block_numbers import BlockHooks, BlockPatches, ForeignForward, Numbering
+from .compat import core
 
 
 class ModelCall(NamedTuple):
@@ -193,6 +194,16 @@ FAMILIES: dict[str, Family] = {
     "NextDiTPixelSpace": Family(after=lumina_filling),
 }
 """By the class name of the diffusion model."""
+
+
+UNET_NOTE = ("this model is not served: a UNet (SD 1.5, SDXL, SVD, AnimateDiff) attends frame by frame and at several "
+             "sizes; bypass the node")
+
+
+def not_served(module: torch.nn.Module | None) -> str:
+    """Why no attention of a diffusion model can be sparse, and what to do; "" where some may be."""
+    unet = core("comfy.ldm.modules.diffusionmodules.openaimodel:UNetModel")
+    return UNET_NOTE if unet is not None and isinstance(_uncompiled(module), unet) else ""
 
 
 def of(module: torch.nn.Module | None) -> Family | None:

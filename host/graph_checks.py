@@ -8,7 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ..runtime import words
 from . import progress
+from .language import language
 
 log = logging.getLogger("LiteAttention")
 
@@ -83,7 +85,7 @@ def _tell(request: dict) -> dict:
         workflow = progress.workflow_id(request.get("extra_data") or {})
         for node_id, text in unsampled(request.get("prompt") or {}, _outputs).items():
             log.warning("LiteAttention: node %s: %s", node_id, text)
-            progress.show(node_id, [text], workflow, request.get("client_id"))
+            progress.show(node_id, [words(language())(text)], workflow, request.get("client_id"))
     except Exception as error:
         log.debug("LiteAttention: this prompt is not understood: %s", error)
     return request

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..runtime.reasons import CROSS_ATTENTION, SPARSE_ON_TOP, Reason
-from . import model_call
+from . import families, model_call
 from .compat import attention_name, core
 
 OVERRIDE = "optimized_attention_override"
@@ -20,7 +20,8 @@ _PREPARE_STATE = "comfy.patcher_extension:CallbacksMP.ON_PREPARE_STATE"
 _SPARSE_MODULE = "comfy_extras.nodes_sparse_attention"
 _SPARSE_KEY = "block_sparse_attention"
 
-NO_CALL, NO_SELF_ATTENTION = (f"no {calls} reached LiteAttention: " for calls in ("attention call", "self-attention"))
+NO_CALL = "no attention call reached LiteAttention: {}"
+NO_SELF_ATTENTION = "no self-attention reached LiteAttention: {}"
 SPARSE_NOTE = "Model Sparse Attention, applied after this node, has the attention. Remove one of the two nodes"
 FULLGRAPH_NOTE = ("torch.compile is set to fullgraph, and attention that keeps masks cannot be part of a graph; "
                   "LiteAttention is off in this run. Turn fullgraph off")
@@ -29,6 +30,11 @@ FULLGRAPH_NOTE = ("torch.compile is set to fullgraph, and attention that keeps m
 def network(patcher: Any) -> torch.nn.Module | None:
     """The diffusion model of a ModelPatcher."""
     return getattr(getattr(patcher, "model", None), "diffusion_model", None)
+
+
+def off(model_options: Mapping, network: torch.nn.Module | None) -> str:
+    """Why the whole run is left to the attention that was there before, and what to do; "" where it is not."""
+    return FULLGRAPH_NOTE if compiled_as_one_graph(model_options) else families.not_served(network)
 
 
 def compiled_as_one_graph(model_options: Mapping) -> bool:
@@ -84,15 +90,16 @@ def unreached(patcher: Any, options: Mapping, fallback: str, sparse_calls: int,
     on_top = options.get(OVERRIDE)
     if not dense_calls and not hasattr(on_top, fallback):
         name = "another attention" if on_top is None else attention_name(on_top)
-        return SPARSE_NOTE if _has_sparse(patcher) else (
-            f"{NO_CALL}{name}, set by a node after it, has the attention; put LiteAttention last before the sampler")
+        return SPARSE_NOTE if _has_sparse(patcher) else NO_CALL.format(
+            f"{name}, set by a node after it, has the attention; put LiteAttention last before the sampler")
     reached = NO_SELF_ATTENTION if dense_calls else NO_CALL
     replaced = _replaced_modules(patcher)
     if replaced:
-        return f"{reached}a node has replaced {replaced[0]} and {len(replaced) - 1} more; remove it, or this one"
+        return reached.format(f"a node has replaced {replaced[0]} and {len(replaced) - 1} more; remove it, or this one")
     if (options.get("patches_replace") or {}).get("dit"):
-        return f"{reached}a node computes whole blocks of the model; remove it, or this one"
-    return f"{reached}the model, or a node, computes it in another way; LiteAttention cannot make this model faster"
+        return reached.format("a node computes whole blocks of the model; remove it, or this one")
+    return reached.format("the model, or a node, computes it in another way; LiteAttention cannot make this model "
+                          "faster")
 
 
 def _replaced_modules(patcher: Any) -> list[str]:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..runtime import Phase, RunSummary, StepReport
+from ..runtime import Phase, RunSummary, StepReport, words
+from .language import language
 
 log = logging.getLogger("LiteAttention")
 
@@ -30,14 +31,14 @@ class NodeDisplay:
 
     def __init__(self, node_id: str | None, clock: Callable[[], float] = time.monotonic):
         self._node_id = node_id
-        self._workflow = running_workflow()
+        self._workflow, self._language = running_workflow(), language()
         self._clock = clock
         self._shown = -math.inf
         self._steps: dict[int, Step] = {}
 
     def say(self, text: str) -> None:
         """A line before the first step."""
-        self._show("running", [text])
+        self._show("running", [words(self._language)(text)])
 
     def step(self, report: StepReport) -> None:
         """A finished step. All of them are drawn, also those that come too fast to be shown at once."""
@@ -46,13 +47,12 @@ class NodeDisplay:
         now = self._clock()
         if now - self._shown >= INTERVAL_S:
             self._shown = now
-            self._show("running", report.lines(), report.total_steps)
+            self._show("running", report.lines(self._language), report.total_steps)
 
     def finish(self, summary: RunSummary) -> None:
         """The end of the run, however it came."""
-        slower = summary.speed_up is not None and summary.speed_up < 1
-        state = "off" if not summary.sparse_calls else "slower" if slower else "on"
-        self._show(state, summary.lines(), summary.total_steps)
+        state = "off" if not summary.sparse_calls else "slower" if summary.slower else "on"
+        self._show(state, summary.lines(self._language), summary.total_steps)
 
     def _show(self, state: str, lines: list[str], total: int = 0) -> None:
         steps = [self._steps.get(step, (None, False)) for step in range(1, max(self._steps, default=0) + 1)]

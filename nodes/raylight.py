@@ -6,8 +6,8 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..host import raylight
-from ..report import draw_run, run_summary
+from ..host import language, raylight
+from ..report import draw_run
 from ..runtime import LiteAttentionConfig
 from .apply import LiteAttention, chosen_rule, shared_inputs
 
@@ -89,6 +89,8 @@ class LiteAttentionRaylightReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, ray_actors, samples: dict) -> io.NodeOutput:
-        stats = raylight.last_run(ray_actors).to_dict()
-        plot, summary = draw_run(stats), run_summary(stats)
-        return io.NodeOutput(samples, plot, summary, json.dumps(stats), ui=ui.PreviewImage(plot, cls=cls))
+        summary = raylight.last_run(ray_actors)
+        stats = summary.to_dict()
+        plot = draw_run(stats)
+        return io.NodeOutput(samples, plot, summary.report(language()), json.dumps(stats),
+                             ui=ui.PreviewImage(plot, cls=cls))

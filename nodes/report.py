@@ -6,9 +6,9 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..host import run_handle
-from ..report import compare_clips, draw_run, mask_pictures, run_summary
-from ..runtime import RunHandle, RunSummary, parse_blocks
+from ..host import language, run_handle
+from ..report import compare_clips, draw_run, mask_pictures
+from ..runtime import RunHandle, RunSummary, parse_blocks, words
 
 _FRAMES_MAX, _GAIN_MAX = 8, 64.0
 
@@ -70,7 +70,8 @@ class LiteAttentionReport(io.ComfyNode):
             handle.masks.by_layer(), parse_blocks(layers).holds, parse_blocks(heads).holds,
             handle.layout.frame_edges if handle.layout is not None else lambda seqlen: ())
         plot = draw_run(stats, pictures)
-        return io.NodeOutput(samples, plot, run_summary(stats), json.dumps(stats), ui=ui.PreviewImage(plot, cls=cls))
+        return io.NodeOutput(samples, plot, summary.report(language()), json.dumps(stats),
+                             ui=ui.PreviewImage(plot, cls=cls))
 
 
 class LiteAttentionCompare(io.ComfyNode):
@@ -104,5 +105,5 @@ class LiteAttentionCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, dense, lite, frames: int = 4, gain: float = 8.0) -> io.NodeOutput:
-        strip, summary, stats = compare_clips(dense, lite, frames, gain)
+        strip, summary, stats = compare_clips(dense, lite, frames, gain, words(language()))
         return io.NodeOutput(strip, summary, json.dumps(stats), ui=ui.PreviewImage(strip, cls=cls))

@@ -2,6 +2,6 @@
 
 from .comparison import compare_clips
 from .mask_pictures import MaskPicture, mask_pictures
-from .run_report import draw_run, run_summary
+from .run_report import draw_run
 
-__all__ = ["MaskPicture", "compare_clips", "draw_run", "mask_pictures", "run_summary"]
+__all__ = ["MaskPicture", "compare_clips", "draw_run", "mask_pictures"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -57,13 +57,15 @@ def check_pair(dense: Tensor, lite: Tensor) -> None:
         raise ValueError(f"dense has {sizes[0]}; there is nothing to compare. Connect the decoded frames.")
 
 
-def compare_clips(dense: Tensor, lite: Tensor, frames: int = 4, gain: float = 8.0) -> tuple[Tensor, str, dict]:
+def compare_clips(dense: Tensor, lite: Tensor, frames: int = 4, gain: float = 8.0,
+                  say: Callable[..., str] = str.format) -> tuple[Tensor, str, dict]:
     """(picture float32 [1, H, 1600, 3] in 0..1, readable summary, plain values).
 
     Args:
         dense, lite: [T, H, W, C] in 0..1; colours beyond the third are left out.
         frames: how many to show, evenly spread.
         gain: the difference is multiplied by it.
+        say: fills a template of the summary, in the user's language.
 
     Raises:
         ValueError: see `check_pair`.
@@ -80,27 +82,32 @@ def compare_clips(dense: Tensor, lite: Tensor, frames: int = 4, gain: float = 8.
              **motion(dense, lite)}
     count = min(max(1, frames), len(psnr))
     shown = [round(i * (len(psnr) - 1) / max(1, count - 1)) for i in range(count)]
-    return _draw(dense, lite, shown, gain, stats), _summary(stats), stats
+    return _draw(dense, lite, shown, gain, stats), _summary(stats, say), stats
 
 
-def _summary(stats: dict) -> str:
+def _summary(stats: dict, say: Callable[..., str]) -> str:
     if stats["psnr_db"] is None:
-        return f"All {stats['frames']} frames are equal."
-    return (f"PSNR {stats['psnr_db']:.1f} dB, SSIM {stats['ssim']:.4f} over {stats['frames']} frames.\n"
-            f"Worst frame: {stats['worst_frame']} with {stats['psnr_db_worst']:.1f} dB; "
-            f"lowest SSIM {stats['ssim_worst']:.4f}.\n"
-            + _motion(stats)
-            + (f"{stats['identical_frames']} frames are equal.\n" if stats["identical_frames"] else "")
-            + "Dense is no truth: another seed or precision also gives another video. Look at the frames.")
+        return say("All {frames} frames are equal.", frames=stats["frames"])
+    lines = [say("PSNR {psnr} dB, SSIM {ssim} over {frames} frames.", psnr=f"{stats['psnr_db']:.1f}",
+                 ssim=f"{stats['ssim']:.4f}", frames=stats["frames"]),
+             say("Worst frame: {frame} with {psnr} dB; lowest SSIM {ssim}.", frame=stats["worst_frame"],
+                 psnr=f"{stats['psnr_db_worst']:.1f}", ssim=f"{stats['ssim_worst']:.4f}"),
+             *_motion(stats, say)]
+    if stats["identical_frames"]:
+        lines.append(say("{frames} frames are equal.", frames=stats["identical_frames"]))
+    lines.append(say("Dense is no truth: another seed or precision also gives another video. Look at the frames."))
+    return "\n".join(lines)
 
 
-def _motion(stats: dict) -> str:
+def _motion(stats: dict, say: Callable[..., str]) -> list[str]:
     """One line about the differences between neighbouring frames; none for a single frame."""
     if stats["motion_psnr_db"] is None:
-        return ""
-    quiet = stats["quiet_motion"]
-    return f"Motion from frame to frame: {stats['motion_psnr_db']:.1f} dB" + (
-        "" if quiet is None else f"; {quiet:+.0%} where the dense clip is quietest") + ".\n"
+        return []
+    psnr, quiet = f"{stats['motion_psnr_db']:.1f}", stats["quiet_motion"]
+    if quiet is None:
+        return [say("Motion from frame to frame: {psnr} dB.", psnr=psnr)]
+    return [say("Motion from frame to frame: {psnr} dB; {change} where the dense clip is quietest.", psnr=psnr,
+                change=f"{quiet:+.0%}")]
 
 
 def _draw(dense: Tensor, lite: Tensor, shown: Sequence[int], gain: float, stats: dict) -> Tensor:

@@ -1,4 +1,4 @@
-"""A run as one picture and as text: skipped share per step and layer, masks, where calls went, time."""
+"""A run as one picture: how much it skipped and how fast it was, per step and layer; calls, time, masks."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def draw_run(stats: Mapping[str, Any], masks: Sequence[MaskPicture] = ()) -> tor
     if not stats["plan"]:  # of no run
         canvas.text(WIDTH // 2, HEIGHT // 2, stats["headline"], TITLE, TEXT, "mm", inside.width)
         return canvas.tensor()
-    _figures(canvas, Box(inside.left, inside.top, inside.right, inside.top + 150), stats)
-    middle = Box(inside.left, inside.top + 150 + GAP, inside.right, inside.top + 580)
+    inside = _headline(canvas, inside, stats)
+    _figures(canvas, Box(inside.left, inside.top, inside.right, inside.top + 140), stats)
+    middle = Box(inside.left, inside.top + 140 + GAP, inside.right, inside.top + 550)
     split = inside.left + inside.width * 11 // 20
     _steps(canvas, Box(middle.left, middle.top, split, middle.bottom), stats)
     calls = Box(split + GAP, middle.top, middle.right, middle.bottom - 156 - GAP)
@@ -65,15 +66,28 @@ def draw_run(stats: Mapping[str, Any], masks: Sequence[MaskPicture] = ()) -> tor
     _time(canvas, Box(calls.left, calls.bottom + GAP, calls.right, middle.bottom), stats)
     split = inside.left + inside.width * 9 // 20
     _layers(canvas, Box(inside.left, middle.bottom + GAP, split, inside.bottom), stats)
-    _masks(canvas, Box(split + GAP, middle.bottom + GAP, inside.right, inside.bottom), masks)
+    _masks(canvas, Box(split + GAP, middle.bottom + GAP, inside.right, inside.bottom), stats, masks)
     return canvas.tensor()
 
 
+def _headline(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> Box:
+    """The summary's first line, its advice below it; what is left of `box`."""
+    said, _, advice = stats["headline"].partition("; try: ")
+    bad = stats["slower"] or not stats["sparse_calls"]
+    canvas.text(box.left, box.top + TITLE // 2, said, TITLE, VERMILION if bad else TEXT, width=box.width)
+    if not advice:
+        return box.inset(0, TITLE + GAP, 0, 0)
+    canvas.text(box.left, box.top + TITLE + LABEL, f"try: {advice}", LABEL, width=box.width)
+    return box.inset(0, TITLE + 2 * LABEL, 0, 0)
+
+
 def _figures(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
-    figures = [(percent(stats["skipped"], 1), "of attention skipped", GREEN),
-               (f"{stats['speed_up']:.2f}x" if stats.get("speed_up") else "not timed", "as fast as dense", SKY),
-               (f"{len(stats['layers'])}", "layers run sparse", TEXT),
-               (_bytes(stats["mask_bytes"]), "memory of the masks", TEXT)]
+    rule, _, value = stats["rule"].partition(" ")
+    speed = "not timed" if stats["speed_up"] is None else f"{stats['speed_up']:.2f}x"
+    figures = [(speed, "of dense: slower", VERMILION) if stats["slower"] else (speed, "as fast as dense", SKY),
+               (percent(stats["skipped"], 1), "of attention skipped", GREEN),
+               (value, f"{rule} (quality)", TEXT),
+               (percent(stats["attention_share"]), "attention in a dense run", TEXT)]
     width = (box.width - GAP * (len(figures) - 1)) // len(figures)
     for i, (value, label, color) in enumerate(figures):
         left = box.left + i * (width + GAP)
@@ -122,13 +136,15 @@ def _steps(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
 
 
 def _calls(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
-    dense = sorted(stats["dense_calls"].items(), key=lambda item: -item[1])
+    other = {name: count for name, count in stats["dense_calls"].items() if name in stats["not_self_attention"]}
+    dense = sorted(((name, count) for name, count in stats["dense_calls"].items() if name not in other),
+                   key=lambda item: -item[1])
     bars = [("sparse", stats["sparse_calls"], GREEN)]
     bars += [(reason, count, BLUE if reason in stats["expected"] else ORANGE) for reason, count in dense[:REASONS]]
     if len(dense) > REASONS:
         bars[-1] = (f"{len(dense) - REASONS + 1} other reasons", sum(count for _, count in dense[REASONS - 1:]), ORANGE)
     total = sum(count for _, count, _ in bars)
-    inside = canvas.panel(box, "Attention calls", TITLE, "blue: dense as expected" if total else "")
+    inside = canvas.panel(box, "Self-attention calls", TITLE, "blue: dense as expected" if total else "")
     if not total:
         _nothing(canvas, inside, "none reached LiteAttention")
         return
@@ -143,6 +159,9 @@ def _calls(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
         if length:
             canvas.draw.rectangle((start, y - height * 0.32, start + length, y + height * 0.32), fill=color)
         canvas.text(start + length + 10, y, str(count), LABEL, FAINT)
+    if other:
+        canvas.text(inside.left, inside.bottom + 6, "beside these: " + ", ".join(
+            f"{count} {name}" for name, count in other.items()), LABEL - 5, FAINT, width=inside.width)
 
 
 def _time(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
@@ -154,10 +173,10 @@ def _time(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
     share = stats.get("attention_share")
     inside = canvas.panel(box, "Attention time", TITLE, f"from {saved['source']}" if share is None
                           else f"{percent(share)} of a dense run")
-    most = max(saved["dense_seconds"], saved["sparse_seconds"])
-    height = inside.height / 2
-    for i, (name, seconds, color) in enumerate((("dense", saved["dense_seconds"], VERMILION),
-                                                ("lite", saved["sparse_seconds"], GREEN))):
+    dense, lite = saved["dense_seconds"], saved["sparse_seconds"]
+    most, height = max(dense, lite), inside.height / 2
+    bars = (("dense", dense, SKY), ("lite", lite, VERMILION if lite > dense else GREEN))
+    for i, (name, seconds, color) in enumerate(bars):
         y = inside.top + (i + 0.5) * height
         canvas.text(inside.left, y, name, LABEL)
         start, room = inside.left + 90, inside.width - 90 - 130
@@ -192,8 +211,8 @@ def _layers(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
         canvas.text(bar.right + 8, y, f"{part * top * 100:.0f}%", LABEL - 3, FAINT)
 
 
-def _masks(canvas: Canvas, box: Box, masks: Sequence[MaskPicture]) -> None:
-    inside = canvas.panel(box, "Skip masks", TITLE, "bright: skipped" if masks else "")
+def _masks(canvas: Canvas, box: Box, stats: Mapping[str, Any], masks: Sequence[MaskPicture]) -> None:
+    inside = canvas.panel(box, "Skip masks", TITLE, f"bright: skipped; {_bytes(stats['mask_bytes'])}" if masks else "")
     if not masks:
         _nothing(canvas, inside, "this run has none")
         return
@@ -236,34 +255,3 @@ def _one_mask(canvas: Canvas, box: Box, mask: MaskPicture) -> str:
 
 def _nothing(canvas: Canvas, box: Box, why: str) -> None:
     canvas.text((box.left + box.right) / 2, (box.top + box.bottom) / 2, why, LABEL, FAINT, "mm", box.width)
-
-
-def run_summary(stats: Mapping[str, Any]) -> str:
-    """The run in a few lines of text."""
-    if not stats["plan"]:  # of no run
-        return f"{stats['headline']}."
-    sparse, dense = stats["sparse_calls"], sorted(stats["dense_calls"].items(), key=lambda item: -item[1])
-    lines = [f"{stats['headline']}.",
-             f"{stats['steps_done']} of {stats['total_steps']} steps: {stats['plan']}; {stats['rule']}."]
-    if stats.get("speed_up"):
-        lines.append(f"Sampling took {stats['seconds']:.1f} s instead of about {stats['dense_run_seconds']:.1f} s "
-                     f"({stats['speed_up']:.2f}x); attention is {percent(stats['attention_share'])} of that.")
-    lines.append(f"Attention calls: {sparse} sparse, {sum(count for _, count in dense)} dense.")
-    lines += [f"  {count} {reason}" for reason, count in dense]
-    if dense and stats.get("fallback"):
-        lines.append(f"  Dense calls are computed by {stats['fallback']}.")
-    if stats.get("ranks"):
-        shares = ", ".join(percent(share, 1) for share in stats["ranks"])
-        lines.append(f"Skipped by GPU: {shares}; the run waits for the one that skips least.")
-    layers = {name: known for name, shares in stats["layers"].items()
-              if (known := [share for share in shares if share is not None])}
-    if layers:
-        last = {name: known[-1] for name, known in layers.items()}
-        least, most = min(last, key=lambda n: last[n]), max(last, key=lambda n: last[n])
-        lines.append(f"Layers, when last run: from {percent(last[least])} ({least}) to {percent(last[most])} ({most}).")
-    lines.append(f"Masks {_bytes(stats['mask_bytes'])}; {stats['backend'] or 'no backend used'}.")
-    if stats.get("environment"):
-        lines.append(", ".join(f"{name} {value}" for name, value in stats["environment"].items()) + ".")
-    lines += [f"Note: {note}" for note in stats["notes"]]
-    lines += [f"To try: {advice}." for advice in stats["advice"][1:]]
-    return "\n".join(lines)

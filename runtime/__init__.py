@@ -12,7 +12,8 @@ from .schedule import Phase, StepPlan
 from .summary import RunSummary, StepReport
 from .timing import BreakEvens, TimeSaved
 from .video_tokens import VideoTokens
+from .words import words
 
 __all__ = ["AttentionCall", "BreakEvens", "CarriedMasks", "ErrorBudget", "ForwardPass", "LayerId",
            "LiteAttentionConfig", "Phase", "Reason", "RowName", "Rule", "RunHandle", "RunSummary", "SamplingRun",
-           "StepPlan", "StepReport", "Threshold", "TimeSaved", "VideoTokens", "parse_blocks", "triton_package"]
+           "StepPlan", "StepReport", "Threshold", "TimeSaved", "VideoTokens", "parse_blocks", "triton_package", "words"]

@@ -11,6 +11,7 @@ from typing import Any
 from .reasons import Reason
 from .summary import RunSummary
 from .timing import TimeSaved
+from .words import ENGLISH, words
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class MergedSummary(RunSummary):
 
     ranks: list[float] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        first, *others = super().lines()
+    def lines(self, language: str = ENGLISH) -> list[str]:
+        say, (first, *others) = words(language), super().lines(language)
         shares = ", ".join(f"{share:.1%}" for share in self.ranks)
-        return [first, f"ranks: skipped {shares}", *others]
+        return [first, say("ranks: skipped {shares}", shares=shares), *others]
 
 
 def merged(summaries: Sequence[RunSummary]) -> MergedSummary:

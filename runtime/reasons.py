@@ -34,7 +34,7 @@ CROSS_ATTENTION = Reason(
 QUERY_PIECES = Reason(
     "queries in pieces", "A node or the model asks with a part of the queries at a time. Such calls are sparse once a "
     "pass has shown that the pieces are whole tiles and add up to the sequence in order.",
-    hint="the node that cuts the queries into pieces: pieces of a multiple of 128 tokens, or groups of heads instead")
+    hint="set the node that cuts the queries to pieces of a multiple of 128 tokens, or to groups of heads")
 NOT_VIDEO = Reason(
     "not the video tokens", "The self-attention of another sequence: text, audio, an image encoder.", expected=True)
 WARMUP = Reason("warm-up step", "`warmup_steps`: every tile is computed.", expected=True)
@@ -42,31 +42,31 @@ DENSE_END = Reason("dense end step", "`dense_end_steps`: every tile is computed 
 DENSE_BLOCK = Reason("dense_blocks", "The block is in `dense_blocks`.", expected=True)
 TOO_SHORT = Reason(
     "fewer than … tokens", "`min_tokens`, or its value for the device: too few tiles to gain.",
-    hint="the video is short or small: more frames or pixels, or a lower min_tokens to try it anyway")
+    hint="more frames or pixels, or a lower min_tokens to try it anyway")
 UNSUPPORTED = Reason(
     "not supported", "The call has a mask, a data type, a head size or a layout that the kernels do not compute; the "
-    "text names it.", hint="this model is not supported")
+    "text names it.", hint="bypass the node: this model is not supported")
 FRAME_BY_FRAME = Reason(
     "frame-by-frame attention", "Wan Animate 2: each frame attends to the whole video and to its own pose.",
-    hint="Wan Animate 2 is not supported: its attention goes frame by frame")
+    hint="bypass the node: Wan Animate 2 is not supported, its attention goes frame by frame")
 CACHED_KEYS = Reason(
     "causal attention with a cache", "Causal Wan: a chunk of frames attends to all chunks before it, and none comes "
-    "twice.", hint="causal Wan is not supported: its attention grows from chunk to chunk")
+    "twice.", hint="bypass the node: causal Wan is not supported, its attention grows from chunk to chunk")
 MOSTLY_EXTRA = Reason(
     "more extra tokens than video tokens", "Text or reference tokens outnumber the tokens of the video.",
     hint="fewer or smaller references, or a longer video")
 NO_LAYOUT = Reason(
     "token layout unknown", "How many tokens the latent makes is not known.",
-    hint="the token layout of this model is not known; it is not supported yet")
+    hint="bypass the node: the token layout of this model is not known, it is not supported yet")
 NO_LAYER = Reason(
     "the model does not say which layer calls", "The model does not number its blocks, so no mask can be found again.",
-    hint="this model does not number its blocks and is not supported yet")
+    hint="bypass the node: this model does not number its blocks, it is not supported yet")
 NO_ROWS = Reason(
     "batch rows without an identity", "The host does not say which prompt a batch row belongs to.",
-    hint="a node or sampler hides the prompts; please report it with the workflow")
+    hint="report it with the workflow: a node or sampler hides the prompts")
 EXTRA_PASS = Reason(
     "extra guidance pass", "A guider evaluates a changed network (skip-layer guidance and its relatives).",
-    hint="guidance that changes the network stays dense; turn it off to gain there")
+    hint="turn off guidance that changes the network, to gain there")
 MOVING_WINDOWS = Reason(
     "context windows move between steps", "Windows cover other frames in every step, so no mask fits twice.",
     hint="choose a context schedule whose windows stay (standard_static or batched)")
@@ -85,7 +85,7 @@ NO_MEMORY = Reason(
     hint="make the video shorter or smaller")
 KERNEL_FAILED = Reason(
     "the kernel failed in this run", "An error of the pack; the note has it. The video is correct.",
-    hint="the video is correct; please report the note about the kernel")
+    hint="report the note about the kernel; the video is correct")
 OUT_OF_MEMORY = Reason(
     "out of memory in the sparse kernel", "Raylight: memory ran out on one GPU, which goes on with dense attention, "
     "because an error there would leave the other GPUs waiting.",

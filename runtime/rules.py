@@ -35,7 +35,7 @@ class Rule(Protocol):
         """The test of a call of `layer` over `seqlen_k` keys in `step`, counted from 0."""
 
     def bolder(self) -> str | None:
-        """What to change to skip more, or None at the end of the range."""
+        """What to try to skip more, or None at the end of the range."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class ErrorBudget:
 
     def bolder(self) -> str | None:
         beyond = _FEWER_STEPS if self.share >= BUDGET_CROSSOVER else ""
-        return None if self.share >= BUDGET_MAX else f"raise error_budget (now {self.share:g}{beyond})"
+        return None if self.share >= BUDGET_MAX else (
+            f"raise error_budget (now {self.share:g}) to skip more, and look at the video{beyond}")
 
 
 @dataclass(frozen=True)
@@ -97,4 +98,5 @@ class Threshold:
     def bolder(self) -> str | None:
         higher = min(THRESHOLD_MAX, self.log2 + THRESHOLD_STEP)
         beyond = _FEWER_STEPS if higher > THRESHOLD_CROSSOVER else ""
-        return None if higher == self.log2 else f"raise threshold to {higher:g} (now {self.log2:g}{beyond})"
+        return None if higher == self.log2 else (
+            f"raise threshold to {higher:g} (now {self.log2:g}) to skip more, and look at the video{beyond}")

@@ -178,7 +178,8 @@ class SamplingRun:
         try:
             carried = self.masks.carry()
         except Exception as error:
-            self.notes.add(f"{LOST}. {type(error).__name__}: {str(error)[:200]}")
+            self.notes.add("the masks of this run could not be carried over. "
+                           f"{type(error).__name__}: {str(error)[:200]}")
             return None, LOST
         self._carried_bytes = carried.nbytes
         return (carried, "") if carried.nbytes else (None, NOTHING)

@@ -83,7 +83,7 @@ class StepPlan:
         """
         parts = []
         if continues:
-            parts.append(f"{self.total_steps} steps with the masks of the run before, no warm-up")
+            parts.append(f"{self.total_steps} steps with the masks of the run before and without warm-up")
         elif self.dense_steps:
             parts.append(f"step 1 of {self.total_steps} dense" if self.dense_steps == 1
                          else f"steps 1-{self.dense_steps} of {self.total_steps} dense")

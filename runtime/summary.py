@@ -8,6 +8,7 @@ from .reasons import CROSS_ATTENTION, DENSE_FASTER, NOT_VIDEO, Reason
 from .rules import Rule
 from .schedule import NO_STEP_LEFT, RECORDS_ONLY
 from .timing import TimeSaved
+from .words import ENGLISH, Words, words
 
 MB = 2**20
 
@@ -16,8 +17,10 @@ SMALL_SHARE = 0.2
 """Of a run's time that attention takes when dense: with less, even skipping half of it saves less than a tenth."""
 MUCH_DENSE = 0.1
 """Of the self-attention over the video's tokens that stays dense, for a faster dense attention to be worth a word."""
+SLOWER = 0.98
+"""Speed-ups below are a slowdown; from here to 1 the clock's noise could be all of it."""
 
-_OTHER = {CROSS_ATTENTION: "cross-attention calls", NOT_VIDEO: "calls over other tokens"}
+_OTHER = (CROSS_ATTENTION, NOT_VIDEO)
 """Reasons of calls that are no self-attention over the video."""
 
 NOT_REACHED = "no attention call reached LiteAttention"
@@ -50,13 +53,17 @@ class StepReport:
     phase: str
     saved: TimeSaved | None = None
 
-    def lines(self) -> list[str]:
+    def lines(self, language: str = ENGLISH) -> list[str]:
         """Two short lines for the node: it shows hardly three, of 40 characters."""
-        now = "no attention ran" if self.skipped is None else f"skipped {self.skipped:.0%}"
-        lines = [f"step {self.step}/{self.total_steps} ({self.phase}): {now}, run {self.skipped_so_far:.0%}"]
+        say = words(language)
+        now = say("no attention ran") if self.skipped is None else say("skipped {share}", share=f"{self.skipped:.0%}")
+        lines = [say("step {step}/{steps} ({phase}): {now}, run {share}", step=self.step, steps=self.total_steps,
+                     phase=say.told(self.phase), now=now, share=f"{self.skipped_so_far:.0%}")]
         if self.saved is not None:
             seconds = self.saved.dense_seconds - self.saved.sparse_seconds
-            lines.append(f"attention: {abs(seconds):.1f} s {'saved' if seconds >= 0 else 'more'} so far")
+            amount = f"{abs(seconds):.1f}"
+            lines.append(say("attention: {seconds} s saved so far", seconds=amount) if seconds >= 0 else
+                         say("attention: {seconds} s more so far", seconds=amount))
         return lines
 
 
@@ -142,70 +149,107 @@ class RunSummary:
         return dense / self.seconds if dense and self.seconds and self.sparse_calls else None
 
     @property
+    def slower(self) -> bool:
+        """Whether the run was timed and took longer than a dense one would have."""
+        return self.speed_up is not None and self.speed_up < SLOWER
+
+    @property
     def attention_share(self) -> float | None:
         """Share of `dense_run_seconds` that self-attention over the video's tokens takes, 0..1."""
         whole = self.dense_run_seconds
         return min(1.0, self.saved.dense_seconds / whole) if whole else None
 
     def to_dict(self) -> dict:
-        """Plain values for JSON. "expected" are the reasons in "dense_calls" that are normal or the user's settings."""
+        """Plain values for JSON. "expected" are the reasons in "dense_calls" that are normal or the user's settings,
+        "not_self_attention" those of other attention, which is never sparse."""
         dense_calls = {reason.text: count for reason, count in self.dense_calls.items()}
         layers = {name: [None if share is None else round(share, 4) for share in shares]
                   for name, shares in self.layers.items()}
         return {**asdict(replace(self, dense_calls={})), "dense_calls": dense_calls, "layers": layers,
                 "expected": sorted(reason.text for reason in self.dense_calls if reason.expected),
-                "headline": self.headline(), "skipped": self.skipped, "speed_up": self.speed_up,
+                "not_self_attention": sorted(reason.text for reason in self.dense_calls if reason in _OTHER),
+                "headline": self.headline(), "skipped": self.skipped, "speed_up": self.speed_up, "slower": self.slower,
                 "dense_run_seconds": self.dense_run_seconds, "attention_share": self.attention_share}
 
     def text(self) -> str:
         """One readable line, for the log."""
         return "; ".join(self.lines())
 
-    def headline(self) -> str:
+    def report(self, language: str = ENGLISH) -> str:
+        """The lines, the range of the layers, and versions; for **LiteAttention Report**."""
+        say, lines = words(language), self.lines(language)
+        last = {name: known[-1] for name, shares in self.layers.items()
+                if (known := [share for share in shares if share is not None])}
+        if last:
+            least, most = min(last, key=lambda n: last[n]), max(last, key=lambda n: last[n])
+            lines.append(say("layers when last run: {least} ({first}) to {most} ({second}) skipped", first=least,
+                             least=f"{last[least]:.0%}", second=most, most=f"{last[most]:.0%}"))
+        if self.environment:
+            lines.append(", ".join(f"{name} {value}" for name, value in self.environment.items()))
+        return "\n".join(lines)
+
+    def headline(self, language: str = ENGLISH) -> str:
         """On, or why not; how much was skipped, how fast, and the first thing to change."""
-        if not self.sparse_calls:
-            why = self.main_reason()
-            if self.unreached or why is None:
-                return f"off: {self.unreached or NOT_REACHED}"
-            return "; try: ".join(filter(None, (f"off: {why}", self.advice[0] if self.advice else "")))
-        parts = [f"on: {self.skipped:.1%} of attention skipped"]
-        if self.speed_up is not None:
-            parts.append(f"{self.speed_up:.2f}x as fast as dense")
-        return "; try: ".join([", ".join(parts), *self.advice[:1]])
+        say, advice, why = words(language), self.advice[:1], self.main_reason()
+        if self.sparse_calls:
+            said = self._on(say)
+        elif self.unreached or why is None:
+            said, advice = say("off: {why}", why=say.told(self.unreached or NOT_REACHED)), []
+        else:
+            said = say("off: {why}", why=say.told(why))
+        return say("{said}; try: {advice}", said=said, advice=say.told(advice[0])) if advice else said
+
+    def _on(self, say: Words) -> str:
+        share = f"{self.skipped:.1%}"
+        if self.speed_up is None:
+            return say("on: {share} of attention skipped", share=share)
+        return say("on: {share} of attention skipped, slower: {speed}x of dense" if self.slower else
+                   "on: {share} of attention skipped, {speed}x as fast as dense", share=share,
+                   speed=f"{self.speed_up:.2f}")
 
     def main_reason(self) -> Reason | None:
         """The reason of most dense calls: first of those that are not normal, then of self-attention."""
         return max(self.dense_calls, default=None,
                    key=lambda reason: (not reason.expected, reason not in _OTHER, self.dense_calls[reason]))
 
-    def lines(self) -> list[str]:
-        """The headline, then short lines in a fixed order: time, calls, steps, masks, further advice, notes."""
-        lines = [self.headline()]
+    def lines(self, language: str = ENGLISH) -> list[str]:
+        """The headline, then short lines in a fixed order: further advice, time, quality, calls, notes, masks."""
+        say, notes = words(language), [words(language).told(note) for note in self.notes]
+        lines = [self.headline(language)]
         if not self.sparse_calls and not self.dense_calls:
-            return lines + self.notes
+            return lines + notes
+        lines += [say("try: {advice}", advice=say.told(advice)) for advice in self.advice[1:]]
         if self.speed_up is not None:
-            lines.append(f"time: {self.seconds:.1f} s, dense about {self.dense_run_seconds:.1f} s, of which attention "
-                         f"{self.attention_share:.0%}")
-        lines.append(self._calls())
-        lines.append(f"steps: {self.plan}, {self.rule}")
-        lines.append(f"masks: {bytes_text(self.mask_bytes)}" + (f", {self.backend}" if self.backend else ""))
+            lines.append(say("time: {seconds} s, dense about {dense} s, of which attention {share}",
+                             seconds=f"{self.seconds:.1f}", dense=f"{self.dense_run_seconds:.1f}",
+                             share=f"{self.attention_share:.0%}"))
+        lines.append(say("quality: {rule}, {plan}", rule=self.rule, plan=say.listed(self.plan)))
+        lines.append(self._calls(say))
         if DENSE_FASTER in self.dense_calls:
-            known = dict.fromkeys(f"{known['density']:.0%} ({known['source']})" for known in self.break_evens)
-            lines.append(f"dense attention is faster above {', '.join(known)} of the tiles")
-        lines += [f"try: {advice}" for advice in self.advice[1:]]
-        return lines + self.notes
+            known = dict.fromkeys(say("{share} ({source})", share=f"{known['density']:.0%}",
+                                      source=say.told(known["source"])) for known in self.break_evens)
+            lines.append(say("dense attention is faster above {shares} of the tiles", shares=say(", ").join(known)))
+        size = bytes_text(self.mask_bytes)
+        masks = say("masks: {size}, {backend}", size=size, backend=say.listed(self.backend)) if self.backend else \
+            say("masks: {size}", size=size)
+        return [*lines, *notes, masks]
 
-    def _calls(self) -> str:
+    def _calls(self, say: Words) -> str:
         """Self-attention over the video first: the others are never sparse."""
         reasons = sorted(self.dense_calls.items(), key=lambda item: -item[1])
-        dense = [f"{count} {reason}" for reason, count in reasons if reason not in _OTHER]
-        total = self.sparse_calls + sum(count for reason, count in reasons if reason not in _OTHER)
-        parts = [f"self-attention: {self.sparse_calls} of {total} calls sparse"]
+        dense = [(reason, count) for reason, count in reasons if reason not in _OTHER]
+        parts = [say("self-attention: {sparse} of {total} calls sparse", sparse=self.sparse_calls,
+                     total=self.sparse_calls + sum(count for _, count in dense))]
         if dense:
-            parts.append(f"dense: {', '.join(dense)}")
-        parts += [f"{self.dense_calls[other]} {calls}" for other, calls in _OTHER.items() if other in self.dense_calls]
-        by = f" (dense by {self.fallback})" if self.fallback and self.dense_calls else ""
-        return ", ".join(parts) + by
+            parts.append(say("dense: {reasons}", reasons=say(", ").join(
+                say("{count} {reason}", count=count, reason=say.told(reason)) for reason, count in dense)))
+        if CROSS_ATTENTION in self.dense_calls:
+            parts.append(say("{count} cross-attention calls", count=self.dense_calls[CROSS_ATTENTION]))
+        if NOT_VIDEO in self.dense_calls:
+            parts.append(say("{count} calls over other tokens", count=self.dense_calls[NOT_VIDEO]))
+        by = say(" (dense by {attention})", attention=say.listed(self.fallback, " and ")) \
+            if self.fallback and self.dense_calls else ""
+        return say(", ").join(parts) + by
 
 
 def advise(summary: RunSummary, rule: Rule, faster_dense: str = "") -> list[str]:
@@ -217,15 +261,17 @@ def advise(summary: RunSummary, rule: Rule, faster_dense: str = "") -> list[str]
     if summary.steps_done < summary.total_steps:
         return []
     found = []
-    bolder = f"{rule.bolder()} to skip more, and look at the video" if rule.bolder() else \
-        "this video has little to skip; fewer steps save more"
+    bolder = rule.bolder() or "this video has little to skip; fewer steps save more"
+    if summary.slower:
+        found.append("bypass the node here, it costs more time than it saves; longer and larger videos gain more")
     declined = {reason: count for reason, count in summary.dense_calls.items() if not reason.expected}
     if sum(declined.values()) > summary.sparse_calls:
         main = max(declined, key=lambda reason: declined[reason])
         found.append(bolder if main == DENSE_FASTER else main.hint)
     if NO_STEP_LEFT in summary.plan:
         found.append("lower warmup_steps or dense_end_steps: no step was left to skip in")
-    elif summary.sparse_calls and summary.skipped < LITTLE_SKIPPED and RECORDS_ONLY not in summary.plan:
+    elif (summary.sparse_calls and not summary.slower and summary.skipped < LITTLE_SKIPPED
+          and RECORDS_ONLY not in summary.plan):
         found.append(bolder)
     share = summary.attention_share
     if share is not None and share < SMALL_SHARE:

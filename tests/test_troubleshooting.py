@@ -35,7 +35,7 @@ KERNELS = ROOT / "kernels"
 MESSAGES = {
     "notes": pieces(r"note(?:s\.add)?\(", *SOURCES),
     "notes about other nodes": {text for path in SOURCES for name, text in constants(path) if name.endswith("_NOTE")},
-    "why nothing reaches the pack": pieces(r'return(?= f"{reached})', ROOT / "host" / "interop.py"),
+    "why nothing reaches the pack": pieces(r"(?:reached|NO_CALL)\.format\(", ROOT / "host" / "interop.py"),
     "what is said of Raylight": {
         piece.strip() for path in sorted((ROOT / "host" / "raylight").glob("*.py")) for _, text in constants(path)
         if " " in text for piece in text.split("{}")},

@@ -1,5 +1,7 @@
 """Write locales/en/nodeDefs.json from the schemas, and say what the other languages lack: python tools/locales.py
 
+What they lack are texts of the nodes in nodeDefs.json, texts of a run in summary.json, and help pages.
+
 ComfyUI's frontend reads these files from `/i18n` (ComfyUI, app/custom_node_manager.py) and takes their texts in the
 place of those in the schema. A label starts with the name that the schema gives, followed by a translation, because
 tooltips, run summaries and help pages use that name.
@@ -17,6 +19,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from comfyui import find_comfyui  # noqa: E402
 from environment import rerun_with_requirements  # noqa: E402
+from texts import run_texts  # noqa: E402
 
 LANGUAGES = ("en", "zh", "ja", "ko")
 
@@ -68,6 +71,18 @@ def leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
             yield (*path, key), value
 
 
+def run_and_pages(language: str) -> Iterator[str]:
+    """What a language lacks, or has too much, of the texts of a run, which are read from the source, and of help pages.
+    """
+    file = ROOT / "locales" / language / "summary.json"
+    there = set(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else set()
+    for what, keys in (("lacks of a run", run_texts() - there), ("is of no run", there - run_texts())):
+        yield from (f"{what}: {key}" for key in sorted(keys))
+    for page in sorted((ROOT / "web" / "docs").glob("*.md")):
+        if not (page.with_suffix("") / f"{language}.md").is_file():
+            yield f"lacks the help page of {page.stem}"
+
+
 def main() -> int:
     comfy_path = find_comfyui()
     if comfy_path is None:
@@ -86,6 +101,9 @@ def main() -> int:
     print(f"{path.relative_to(ROOT)}: {len(wanted)} texts, {len(changed)} new or changed")
     lacking = 0
     for language in LANGUAGES[1:]:
+        for what in run_and_pages(language):
+            lacking += 1
+            print(f"{language}: {what}")
         there = dict(leaves(read_locale(language))) if locale_file(language).is_file() else {}
         for what, keys in (("lacks", set(wanted) - set(there)), ("is of no node", set(there) - set(wanted)),
                            ("to translate anew", changed & set(there))):

@@ -25,7 +25,7 @@ KEY = "lite_attention_raylight"
 RULES = {rule.__name__: rule for rule in (ErrorBudget, Threshold)}
 NOT_ATTACHED, NO_RUN, DONE = "not attached", "no run", "done"
 
-NO_SELF_ATTENTION = "no self-attention reached LiteAttention in this Raylight worker: "
+NO_SELF_ATTENTION = "no self-attention reached LiteAttention in this Raylight worker: {}"
 ANOTHER_WAY = "this Raylight computes it in another way. Update both packs, or report it with both versions"
 
 
@@ -120,11 +120,12 @@ def _unreached(door: doors.Door, reason: Reason | None, options: Mapping) -> str
     if reason is not None:
         return f"{reason.meaning} Try: {reason.hint}"
     if door.missing:
-        return f"{NO_SELF_ATTENTION}{door.missing}. Update LiteAttention"
+        return NO_SELF_ATTENTION.format(f"{door.missing}. Update LiteAttention")
     other = options.get(door.key)
     if other is not None and not isinstance(other, doors.InnerAttention):
-        return f"{NO_SELF_ATTENTION}{_display(other)}, set by a node after it, has the attention; remove one of the two"
-    return NO_SELF_ATTENTION + ANOTHER_WAY
+        return NO_SELF_ATTENTION.format(
+            f"{_display(other)}, set by a node after it, has the attention; remove one of the two")
+    return NO_SELF_ATTENTION.format(ANOTHER_WAY)
 
 
 def _refuse_inner(model: Any, door: doors.Door) -> None:

@@ -1,6 +1,7 @@
 """The nodes' texts in every language: complete, of the same numbers and names as the schema, and served."""
 
 import re
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -104,3 +105,46 @@ def test_the_server_serves_them(server):
     for language in LANGUAGES:
         there = served[language]["nodeDefs"]
         assert {name: there[name] for name in NODES} == read_locale(language)
+
+
+def pixels(label):
+    """About as wide as the frontend draws it, which makes a node as wide as its labels."""
+    return sum(14 if unicodedata.east_asian_width(letter) in "WF" else 6.9 for letter in label)
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_labels_leave_the_node_as_wide_as_the_shipped_graphs_draw_it(language):
+    """270 pixels and a few: 77 of a widget are its arrows and value, 43 lie around the labels of input and output."""
+    texts = read_locale(language)["LiteAttention"]
+    inputs = {key: pixels(described["name"]) for key, described in texts["inputs"].items()}
+    slots = max(inputs["model"], inputs["continue_from"]) + max(pixels(x["name"]) for x in texts["outputs"].values())
+    assert max(inputs.values()) + 77 <= 280 and slots + 43 <= 300, inputs
+
+
+def help_page(node, language="en"):
+    """As the frontend looks for it: `<node>/<locale>.md`, else `<node>.md`."""
+    name = f"{node}.md" if language == "en" else f"{node}/{language}.md"
+    return (ROOT / "web" / "docs" / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("language", OTHERS)
+@pytest.mark.parametrize("node", sorted(NODES))
+def test_help_pages_are_translated_whole(node, language):
+    """Pictures are named as from the folder above: the frontend resolves them there."""
+    page, source, texts = help_page(node, language), help_page(node), read_locale(language)[node]
+    assert page.startswith(f"# {texts['display_name']}\n")
+    for alike in (r"\*\*(\w+)\*\*", r"\]\((\w+\.jpg)\)", r"https://\S+"):
+        assert set(re.findall(alike, page)) == set(re.findall(alike, source)), alike
+    for block in (r"^# ", r"^## ", r"^\| ", r"^- ", r"\n\n"):
+        assert len(re.findall(block, page, re.M)) == len(re.findall(block, source, re.M)), block
+    assert set(re.findall(r"`[^`]+`", page)) <= set(re.findall(r"`[^`]+`", source))
+    assert not re.search("[\u3000-\u9fff]\n[\u3000-\u9fff]", page), "Markdown makes a space of a line break"
+
+
+def test_the_server_serves_help_pages_where_the_frontend_looks(server):
+    import urllib.request
+
+    for language in OTHERS:
+        url = f"http://127.0.0.1:{server.port}/extensions/ComfyUI-LiteAttention/docs/LiteAttention/{language}.md"
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=30) as answer:
+            assert answer.read().decode("utf-8") == help_page("LiteAttention", language)

@@ -43,7 +43,7 @@ def test_a_run_is_reported(kit):
     assert passed is samples and plot.shape == (1, 1200, 1600, 3) and out.ui.as_dict()["images"]
     summary = run_handle(model).summary
     assert stats["skipped"] == summary.skipped > 0.05 and stats["sparse_calls"] == summary.sparse_calls
-    assert text.startswith(f"on: {summary.skipped:.1%} of attention skipped")
+    assert text.startswith(f"on: {summary.skipped:.1%} of attention skipped") and "20 cross-attention calls" in text
     about = stats["environment"]
     assert about["model"] == "WanModel" and about["device"] == "cpu" and about["torch"] == torch.__version__
     assert all(re.match(r"\d+\.\d+", about[name]) for name in ("liteattention", "comfyui", "python", "triton"))

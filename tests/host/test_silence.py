@@ -2,15 +2,18 @@
 
 import inspect
 import types
+from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
+import comfy.supported_models
 import pytest
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from family_cases import case
-from family_kit import MIN_TOKENS, load, sample
+from family_kit import MIN_TOKENS, load, random_state, sample
 from host_kit import LAYERS, dense_calls
 from interop_kit import SMALL
 
@@ -78,6 +81,30 @@ def test_a_run_without_a_single_evaluation_blames_nobody(kit):
                                lambda executor, model, conds, x, *args: [torch.zeros_like(x) for _ in conds])
     kit.sample(model, size=SMALL)
     assert handle.summary.headline() == "off: no attention call reached LiteAttention"
+
+
+UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
+        "channel_mult": [1, 2], "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4,
+        "transformer_depth_middle": 1, "context_dim": 64, "num_heads": 1, "use_spatial_transformer": True}
+
+
+def tiny_unet():
+    config = comfy.supported_models.SD15(dict(comfy.supported_models.SD15.unet_config))
+    config.unet_config = {**UNET, "dtype": torch.float32}
+    model = config.get_model({}, device="cpu")
+    assert type(model.diffusion_model) is UNetModel
+    model.diffusion_model.load_state_dict(random_state(UNetModel, UNET))
+    return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def test_a_unet_is_not_served_and_is_told_so_without_other_advice():
+    tiny = replace(case("Wan T2V"), latent=(4, 48, 48), text=(4, 64))
+    model, handle = tiny_unet(), RunHandle()
+    plain = sample(tiny, model)
+    assert sample(tiny, attach(model, LiteAttentionConfig(min_tokens=MIN_TOKENS), handle=handle)).equal(plain)
+    line, = handle.summary.lines()
+    assert line.startswith("off: this model is not served: a UNet") and "bypass the node" in line
+    assert handle.summary.report().startswith(line) and not handle.summary.dense_calls
 
 
 def with_patch(options):

@@ -40,8 +40,9 @@ def test_a_threshold_is_the_same_for_any_length():
 
 
 def test_what_skips_more_is_named_as_long_as_there_is_more():
-    assert ErrorBudget(0.1).bolder() == "raise error_budget (now 0.1)" and ErrorBudget(1.0).bolder() is None
-    assert ErrorBudget(0.3).bolder() == "raise error_budget (now 0.3; fewer steps can be closer to dense)"
-    assert Threshold(-10).bolder() == "raise threshold to -8 (now -10)"
-    assert Threshold(-5).bolder() == "raise threshold to -3 (now -5)" and Threshold(0).bolder() is None
-    assert Threshold(-1).bolder() == "raise threshold to 0 (now -1; fewer steps can be closer to dense)"
+    more, beyond = " to skip more, and look at the video", "; fewer steps can be closer to dense"
+    assert ErrorBudget(0.1).bolder() == f"raise error_budget (now 0.1){more}" and ErrorBudget(1.0).bolder() is None
+    assert ErrorBudget(0.3).bolder() == f"raise error_budget (now 0.3){more}{beyond}"
+    assert Threshold(-10).bolder() == f"raise threshold to -8 (now -10){more}"
+    assert Threshold(-5).bolder() == f"raise threshold to -3 (now -5){more}" and Threshold(0).bolder() is None
+    assert Threshold(-1).bolder() == f"raise threshold to 0 (now -1){more}{beyond}"

@@ -59,7 +59,7 @@ def test_the_description_says_what_the_settings_meant():
     assert StepPlan(20, 2, 1).describe() == "steps 1-2 of 20 dense, from step 20 dense again"
     assert StepPlan(20, 0).describe() == "step 1 of 20 records"
     assert "no step left to skip in" in StepPlan(2, 1, 1).describe()
-    assert StepPlan(4, 2).describe(continues=True) == "4 steps with the masks of the run before, no warm-up"
+    assert StepPlan(4, 2).describe(continues=True) == "4 steps with the masks of the run before and without warm-up"
     assert "no step left to skip in" not in StepPlan(2, 1, 1).describe(continues=True)
     assert "no step left to skip in" in StepPlan(2, 1, 2).describe(continues=True)
 

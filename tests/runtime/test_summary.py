@@ -22,6 +22,8 @@ from liteattention.runtime.summary import NOT_REACHED, advise, bytes_text
 
 FASTER_DENSE = "a faster dense attention"
 TIMED = {"seconds": 70.0, "saved": TimeSaved(80.0, 50.0, "timed calls")}
+SLOWER = {"seconds": 70.0, "saved": TimeSaved(50.0, 60.0, "the clock")}
+AS_FAST = {"seconds": 70.0, "saved": TimeSaved(50.0, 50.5, "the clock")}
 
 
 def summary(**changes):
@@ -43,22 +45,28 @@ def test_the_lines_of_a_run_have_a_fixed_order():
                    break_evens=[{"density": 0.8, "source": "table"}] * 2)
     assert told.lines() == [
         "on: 40.0% of attention skipped, 1.43x as fast as dense; try: this first",
+        "try: that then",
         "time: 70.0 s, dense about 100.0 s, of which attention 80%",
+        "quality: error_budget 0.3, steps 1-2 of 20 dense",
         "self-attention: 760 of 860 calls sparse, dense: 60 dense attention is faster here, 40 warm-up step, "
         "800 cross-attention calls, 20 calls over other tokens (dense by PyTorch's attention)",
-        "steps: steps 1-2 of 20 dense, error_budget 0.3",
-        "masks: 64.0 MB, triton backend on cuda:0",
         "dense attention is faster above 80% (table) of the tiles",
-        "try: that then",
-        "a note", "another"]
+        "a note", "another",
+        "masks: 64.0 MB, triton backend on cuda:0"]
     assert told.text() == "; ".join(told.lines())
 
 
 def test_the_headline_says_on_with_what_is_known():
     assert summary().headline() == "on: 40.0% of attention skipped"
     assert summary(**TIMED).headline() == "on: 40.0% of attention skipped, 1.43x as fast as dense"
-    slower = {"seconds": 70.0, "saved": TimeSaved(50.0, 60.0, "the clock")}
-    assert "0.86x as fast as dense" in summary(**slower).headline()
+    assert summary(**SLOWER).headline() == "on: 40.0% of attention skipped, slower: 0.86x of dense"
+    assert summary(**AS_FAST).headline().endswith(", 0.99x as fast as dense") and not summary(**AS_FAST).slower
+
+
+def test_a_slowdown_comes_with_what_to_do_first():
+    for changes in ({}, {"tiles_computed": 99}):
+        assert "bypass the node here" in advice(**SLOWER, **changes)[0] and len(advice(**SLOWER, **changes)) == 1
+    assert advice(**AS_FAST) == [] and summary(**SLOWER).to_dict()["slower"]
 
 
 @pytest.mark.parametrize("dense_calls, said", [
@@ -95,12 +103,21 @@ def test_time_is_told_where_attention_was_timed_and_sparse():
         assert untimed.speed_up is None and "time:" not in untimed.text()
 
 
+def test_the_report_adds_layers_and_versions():
+    told = summary(environment={"torch": "2.11", "device": "cpu"},
+                   layers={"double 0": [0.0, 0.5], "double 1": [0.2, None], "double 2": [None, None]})
+    assert told.report().split("\n") == [
+        *told.lines(), "layers when last run: 20% (double 1) to 50% (double 0) skipped", "torch 2.11, device cpu"]
+    assert summary(layers={}).report() == "\n".join(summary(layers={}).lines())
+
+
 def test_the_values_are_plain_and_whole():
     told = summary(**TIMED, dense_calls={CROSS_ATTENTION: 800, NO_MEMORY: 1}, advice=["this"], settings={"a": 1})
     values = json.loads(json.dumps(told.to_dict()))
     assert values == told.to_dict()
     assert values["dense_calls"] == {"cross-attention": 800, "no memory for the skip mask": 1}
-    assert values["expected"] == ["cross-attention"] and values["headline"] == told.headline()
+    assert values["expected"] == values["not_self_attention"] == ["cross-attention"]
+    assert values["headline"] == told.headline()
     assert (values["skipped"], values["dense_run_seconds"], values["speed_up"]) == (0.4, 100.0, 100 / 70)
     assert values["saved"] == {"dense_seconds": 80.0, "sparse_seconds": 50.0, "source": "timed calls"}
     assert values["layers"]["double 0"][:3] == [None, 0.0, 0.44]
@@ -129,7 +146,7 @@ def test_the_reason_of_most_dense_calls_decides(reason):
     assert advice(dense_calls={CROSS_ATTENTION: 900, reason: 700}) == [], "most are sparse"
 
 
-@pytest.mark.parametrize("rule, said", [(ErrorBudget(0.3), "now 0.3; fewer steps can be closer to dense) to skip more"),
+@pytest.mark.parametrize("rule, said", [(ErrorBudget(0.3), "(now 0.3) to skip more, and look at the video; fewer"),
                                         (Threshold(-10), "raise threshold to -8 (now -10)"),
                                         (ErrorBudget(1), "fewer steps save more")])
 def test_a_rule_that_skips_little_is_to_be_bolder_as_far_as_it_goes(rule, said):
