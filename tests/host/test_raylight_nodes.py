@@ -42,7 +42,7 @@ def test_the_report_is_that_of_all_ranks(kit, monkeypatch):
     stats = json.loads(stats)
     assert passed is samples and plot.shape == (1, 1200, 1600, 3)
     assert stats["sparse_calls"] == 2 * one.sparse_calls and stats["ranks"] == [one.skipped] * 2
-    assert f"Skipped by GPU: {one.skipped * 100:.1f} %, {one.skipped * 100:.1f} %" in text
+    assert f"ranks: skipped {one.skipped:.1%}, {one.skipped:.1%}" in text
 
 
 def test_without_ray_both_nodes_say_what_is_missing(monkeypatch):
