@@ -98,7 +98,8 @@ PIPEFUSION = Reason(
     hint="Raylight's ulysses_degree instead of PipeFusion")
 CUT_APART = Reason(
     "text and video cut apart", "Raylight: each GPU has a piece of the text and a piece of the video, so that the text "
-    "lies in pieces between the video.", hint="this model is not supported in Raylight's workers yet")
+    "lies in pieces between the video. Or how this model is cut is not known.",
+    hint="this model is not supported in Raylight's workers yet")
 CAUSAL = Reason(
     "causal attention", "Raylight: a query may not look at the keys after it.",
     hint="causal attention is not supported")

@@ -90,7 +90,7 @@ def _answers(ray: Any, asked: list) -> list:
     ray.wait(asked, num_returns=len(asked))
     try:
         return ray.get(asked)
-    except ray.exceptions.RayActorError:
-        raise RuntimeError(DEAD) from None
     except ray.exceptions.RayTaskError as error:
         raise ValueError(str(error.cause)) from None
+    except ray.exceptions.RayError:
+        raise RuntimeError(DEAD) from None
