@@ -4,6 +4,7 @@ the heads, the sampling run of a process sees that share, and nothing else goes 
 `processes` starts them; they import this module, so no pytest in here.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -43,7 +44,7 @@ RULES = {
     "mass, pooled": {"rule": ErrorBudget(0.5), "pool_skipped": True},
 }
 LIMIT_S = 300
-"""A process gives up waiting for another after that, and a test for its processes."""
+"""For all that the processes of a test do; on a busy machine mostly to start."""
 
 
 class Case(NamedTuple):
@@ -120,42 +121,56 @@ def all_to_all(x, gather):
     return torch.cat(list(received), join)
 
 
-def _work(cases, rank, parts, folder):
+def _work(cases, rank, parts, folder, answer):
     # A parent that was killed cannot end its processes.
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
+    stacks = open(folder / f"{rank}.txt", "w", encoding="utf-8")
+    faulthandler.dump_traceback_later(LIMIT_S / 2, file=stacks)
     try:
         store = dist.FileStore(str(folder / "store"), parts)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=parts, timeout=timedelta(seconds=LIMIT_S))
         torch.save([play(case, case.padded(parts), rank, parts, all_to_all) for case in cases], folder / f"{rank}.pt")
-        dist.destroy_process_group()
+        answer.send("")
     except BaseException:
-        (folder / f"{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        raise
+        answer.send(traceback.format_exc())
+    threading.Event().wait()  # the parent ends all of them: how a process leaves its group is not tested
 
 
 def processes(cases_by_rank, folder):
     """A process for each list of cases; the lists of what they have played. No process outlives the call.
 
     Raises:
-        RuntimeError: a process has failed, or they did not end in time; with what they said.
+        RuntimeError: a process has failed, or they were not done in time; with what they said.
     """
     context, parts = multiprocessing.get_context("spawn"), len(cases_by_rank)
-    started = [context.Process(target=_work, args=(cases, rank, parts, folder), daemon=True)
-               for rank, cases in enumerate(cases_by_rank)]
-    until = time.monotonic() + LIMIT_S
+    started, answers, until = [], [], time.monotonic() + LIMIT_S
     try:
-        for process in started:
-            process.start()
-        while any(process.exitcode is None for process in started):
-            ended = wait([process.sentinel for process in started if process.exitcode is None],
-                         max(0, until - time.monotonic()))
-            if not ended or any(process.exitcode for process in started):
-                said = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
-                raise RuntimeError("\n".join(said) or f"the processes did not end in {LIMIT_S} s")
+        for rank, cases in enumerate(cases_by_rank):
+            reader, writer = context.Pipe(duplex=False)
+            started.append(context.Process(target=_work, args=(cases, rank, parts, folder, writer), daemon=True))
+            started[-1].start()
+            writer.close()
+            answers.append(reader)
+        while answers:
+            ready = wait(answers, max(0, until - time.monotonic()))
+            if not ready:
+                stacks = [path.read_text(encoding="utf-8") for path in folder.glob("*.txt")]
+                raise RuntimeError("\n".join([f"not done in {LIMIT_S} s", *stacks]))
+            for reader in ready:
+                answers.remove(reader)
+                if said := _received(reader):
+                    raise RuntimeError(said)
     finally:
         for process in started:
             if process.pid is not None:
                 process.kill()
                 process.join()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(parts)]
+
+
+def _received(reader):
+    try:
+        return reader.recv()
+    except EOFError:
+        return "a process ended without a word"
