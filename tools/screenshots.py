@@ -33,6 +33,7 @@ const [type, scale, left, top] = arguments;
 const made = () => {  // of a subgraph: one more, where no other node is
   const node = LiteGraph.createNode(type);
   node.pos = [5000, 1000 * app.graph.nodes.length];
+  node.size[0] = Math.max(node.size[0], 280);
   app.graph.add(node);
   return node;
 };
