@@ -1,8 +1,9 @@
 """Take the pictures of docs/first-run.md and of the nodes' help pages, and the workflows' thumbnails:
-python tools/screenshots.py [help] [thumbnails]
+python tools/screenshots.py [graph] [run] [help] [thumbnails]
 
-In a real ComfyUI (see tools/comfyui.py) and a real browser: needs chromium, chromedriver and selenium. The demo graph
-runs to its end, a minute on two CPU cores. Look at what comes out before you commit it.
+In a real ComfyUI (see tools/comfyui.py) and a real browser: needs chromium, chromedriver and selenium. For all but
+`graph`, the template browser and the loaded demo, the demo runs to its end, a minute on two CPU cores. Look at what
+comes out before you commit it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ const [type, scale, left, top] = arguments;
 const made = () => {  // of a subgraph: one more, where no other node is
   const node = LiteGraph.createNode(type);
   node.pos = [5000, 1000 * app.graph.nodes.length];
+  node.size[0] = Math.max(node.size[0], 280);
   app.graph.add(node);
   return node;
 };
@@ -116,8 +118,8 @@ def around(browser: Any, kind: str, scale: float) -> tuple[bytes, tuple]:
                                              height + badge + 2 * room)
 
 
-def first_run(server: Any, browser: Any) -> tuple[bytes, bytes]:
-    """What a newcomer sees, from the template browser to the report; the pictures of Report and Compare."""
+def find_the_demo(browser: Any) -> None:
+    """What a newcomer sees before a run: the template browser and the demo graph."""
     browser.execute_script("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     click(browser, f"//*[text()='{PACK}']")
     time.sleep(4)
@@ -129,6 +131,10 @@ def first_run(server: Any, browser: Any) -> tuple[bytes, bytes]:
     browser.execute_script("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     time.sleep(2)
     save(browser.get_screenshot_as_png(), FIRST_RUN / "2-loaded.jpg")
+
+
+def run_the_demo(server: Any, browser: Any) -> tuple[bytes, bytes]:
+    """What a newcomer sees then, up to the report; the pictures of Report and Compare."""
     click(browser, "//button[@data-testid='queue-button']")
     text = """return app.graph.nodes.find(n => n.type === 'LiteAttention').widgets.find(
                   widget => widget.name === '$$node-text-preview')?.value"""
@@ -213,12 +219,15 @@ def main() -> int:
 
     if missing():
         sys.exit(f"{missing()} is not installed.")
-    wanted = sys.argv[1:] or ["help", "thumbnails"]
+    wanted = sys.argv[1:] or ["run", "help", "thumbnails"]
     with ComfyServer(comfy_path) as server:
         server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False})
         browser = open_frontend(server.port)
         try:
-            report, strip = first_run(server, browser)
+            find_the_demo(browser)
+            if wanted == ["graph"]:
+                return 0
+            report, strip = run_the_demo(server, browser)
             if "help" in wanted:
                 help_pictures(browser)
             if "thumbnails" in wanted:

@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from workflow_files import INPUT, OUTPUT, inner_nodes, levels, widget_values  # noqa: E402
 
+MADE_FROM = (0, 11, 41)
+"""Version of comfyui-workflow-templates that the graphs follow; an older one has other templates."""
 BYPASSED = 4
 OWN = {"text", "prompt", "seed", "noise_seed", "filename_prefix", "format", "codec", "image", "device", "bit_depth"}
 """Widgets whose values are the graph's own, or the machine's."""
@@ -48,6 +50,15 @@ TEMPLATES = {
     "liteattention_report_and_compare": Origin(
         "text_to_video_wan", frozenset({"CreateVideo", "SaveVideo"}), frozenset({"PrimitiveInt"})),
 }
+
+
+def installed() -> tuple[int, ...]:
+    """Version of comfyui-workflow-templates.
+
+    Raises:
+        PackageNotFoundError: there is none.
+    """
+    return tuple(int(part) for part in version("comfyui-workflow-templates").split(".")[:3])
 
 
 def shipped(name: str) -> dict:
@@ -119,7 +130,8 @@ def drift(name: str) -> list[str]:
 
 
 def main() -> int:
-    print(f"comfyui-workflow-templates {version('comfyui-workflow-templates')}")
+    old = ", older than what the graphs follow" if installed() < MADE_FROM else ""
+    print(f"comfyui-workflow-templates {version('comfyui-workflow-templates')}{old}")
     found = {name: drift(name) for name in TEMPLATES}
     for name, lines in found.items():
         print(f"{name}, {TEMPLATES[name].template}: {'the same' if not lines else ''}")
