@@ -56,7 +56,11 @@ class StepReport:
     saved: TimeSaved | None = None
 
     def text(self, language: str = ENGLISH) -> str:
-        """Two short lines for the node: it shows hardly three, of 40 characters."""
+        """The lines for the node."""
+        return NODE_LINE.join(self.lines(language))
+
+    def lines(self, language: str = ENGLISH) -> list[str]:
+        """Two short ones: the node shows hardly three, of 40 characters."""
         say = words(language)
         now = say("no attention ran") if self.skipped is None else say("skipped {share}", share=f"{self.skipped:.0%}")
         lines = [say("step {step}/{steps} ({phase}): {now}, run {share}", step=self.step, steps=self.total_steps,
@@ -66,7 +70,7 @@ class StepReport:
             amount = f"{abs(seconds):.1f}"
             lines.append(say("attention: {seconds} s saved so far", seconds=amount) if seconds >= 0 else
                          say("attention: {seconds} s more so far", seconds=amount))
-        return NODE_LINE.join(lines)
+        return lines
 
 
 @dataclass(frozen=True)
