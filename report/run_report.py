@@ -86,7 +86,7 @@ def _figures(canvas: Canvas, box: Box, stats: Mapping[str, Any]) -> None:
     speed = "not timed" if stats["speed_up"] is None else f"{stats['speed_up']:.2f}x"
     figures = [(speed, "of dense: slower", VERMILION) if stats["slower"] else (speed, "as fast as dense", SKY),
                (percent(stats["skipped"], 1), "of attention skipped", GREEN),
-               (value, f"{rule} (quality)", TEXT),
+               (value or "-", f"{rule or 'rule'} (quality)", TEXT),
                (percent(stats["attention_share"]), "attention in a dense run", TEXT)]
     width = (box.width - GAP * (len(figures) - 1)) // len(figures)
     for i, (value, label, color) in enumerate(figures):

@@ -107,5 +107,5 @@ def _notes(by_rank: Sequence[Sequence[str]]) -> list[str]:
     holders = {note: [rank for rank, notes in enumerate(by_rank) if note in notes]
                for note in _once(note for notes in by_rank for note in notes)}
     return [note if len(ranks) == len(by_rank) else
-            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {note}"
+            f"rank {', '.join(map(str, ranks))}: {note}"
             for note, ranks in holders.items()]

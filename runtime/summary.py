@@ -54,7 +54,7 @@ class StepReport:
     saved: TimeSaved | None = None
 
     def lines(self, language: str = ENGLISH) -> list[str]:
-        """Two short lines for the node: it shows hardly three, of 40 characters."""
+        """Two short ones: the node shows hardly three, of 40 characters."""
         say = words(language)
         now = say("no attention ran") if self.skipped is None else say("skipped {share}", share=f"{self.skipped:.0%}")
         lines = [say("step {step}/{steps} ({phase}): {now}, run {share}", step=self.step, steps=self.total_steps,

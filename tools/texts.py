@@ -18,6 +18,7 @@ ADDS_A_NOTE = re.compile(r"(?:.*notes\.add|self\._note)$")
 PLACES = {
     "runtime/compute.py": ("SparseAttention.describe",),
     "runtime/masks.py": ("RESIZED", "SIZE_CHANGED", "NO_MATCH", "CarriedMasks.find"),
+    "runtime/merged_summary.py": ("_notes",),
     "runtime/notes.py": ("_line",),
     "runtime/rules.py": ("_FEWER_STEPS", "ErrorBudget.bolder", "Threshold.bolder"),
     "runtime/run.py": ("NO_RUN", "NOT_FINISHED", "SEVERAL", "NOTHING", "LOST"),
@@ -25,9 +26,7 @@ PLACES = {
     "runtime/summary.py": ("NOT_REACHED", "advise"),
     "host/attach.py": ("STARTING", "OFF_HERE", "_dense_by"),
     "host/compat.py": ("_NAMES", "faster_dense"),
-    "host/families.py": ("UNET_NOTE",),
-    "host/graph_checks.py": ("NOT_SAMPLED_NOTE", "REPLACED_NOTE"),
-    "host/interop.py": ("NO_CALL", "NO_SELF_ATTENTION", "SPARSE_NOTE", "FULLGRAPH_NOTE", "unreached"),
+    "host/interop.py": ("NO_CALL", "NO_SELF_ATTENTION", "unreached"),
     "host/raylight/doors.py": ("choose",),
     "host/raylight/worker.py": ("NO_SELF_ATTENTION", "ANOTHER_WAY", "_unreached"),
     "nodes/report.py": ("NOT_ON_MODEL", "NO_RUN"),
@@ -35,7 +34,7 @@ PLACES = {
     "kernels/precision.py": ("precision_on",),
     "kernels/triton_probe.py": ("triton_verdict", "_device_verdict", "_problem", "install_hint"),
 }
-"""Definitions all of whose strings with a space in them are texts."""
+"""Definitions all of whose strings with a space in them are texts; so are those of constants named ..._NOTE."""
 WORDS = ("cross-attention", "warm-up", "recording", "sparse", "table", "measured")
 """Texts without a space."""
 
@@ -43,10 +42,12 @@ WORDS = ("cross-attention", "warm-up", "recording", "sparse", "table", "measured
 def run_texts() -> set[str]:
     """Every English template that a run can show."""
     found = {*WORDS, *_reasons()}
-    for path in (path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))):
+    for path in (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         places = PLACES.get(path.relative_to(ROOT).as_posix(), ())
         nodes = [_definition(tree, place) for place in places] + [
+            node.value for node in tree.body if isinstance(node, ast.Assign)
+            and getattr(node.targets[0], "id", "").endswith("_NOTE")] + [
             call.args[0] for call in ast.walk(tree)
             if isinstance(call, ast.Call) and call.args and ADDS_A_NOTE.match(ast.unparse(call.func))]
         found |= {text for node in nodes for text in _strings(node) if " " in text.strip()}
