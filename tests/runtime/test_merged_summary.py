@@ -41,7 +41,7 @@ def test_shares_are_means_of_the_ranks_that_know_them():
 def test_notes_are_said_once_and_name_the_ranks_that_have_them():
     one = summary(notes=["all", "some"])
     three = [one, replace(one, notes=["all"]), replace(one, notes=["some", "all", "last"])]
-    assert merged(three).notes == ["all", "ranks 0, 2: some", "rank 2: last"]
+    assert merged(three).notes == ["all", "rank 0, 2: some", "rank 2: last"]
 
 
 def test_what_a_single_rank_has_not_reached_is_a_note_and_what_none_has_is_the_headline():
