@@ -10,6 +10,7 @@ from comfyui import find_comfyui
 from safetensors.torch import load_file
 
 from liteattention.tools.server import ROOT, ComfyServer, PromptFailed
+from liteattention.tools.workflow_files import inner_nodes
 
 COMFY = find_comfyui()
 EXPECTED_INPUTS = {
@@ -141,7 +142,7 @@ def test_tooltips_name_the_defaults_that_are_there(server):
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_workflows_use_nodes_that_are_there(server, path):
     known = server.get("/object_info")
-    missing = {node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]} - set(known)
+    missing = {node["type"] for node in inner_nodes(json.loads(path.read_text(encoding="utf-8")))} - set(known)
     assert missing <= {"MarkdownNote"}, "a node of the frontend alone"
 
 
