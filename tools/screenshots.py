@@ -45,13 +45,6 @@ app.canvas.setDirty(true, true);
 const at = app.canvas.canvas.getBoundingClientRect();
 return [at.left + left, at.top + top, (box[2] - box[0]) * scale, (box[3] - box[1]) * scale];
 """
-ADD = """
-arguments[0].forEach((type, i) => {
-  const node = LiteGraph.createNode(type);
-  node.pos = [0, 5000 + 2000 * i];
-  app.graph.add(node);
-});
-"""
 RAYLIGHT = ["LiteAttentionRaylight", "LiteAttentionRaylightReport"]
 CARDS = {  # title, line below it, runs: each as (steps, of them dense) of its samplers
     "wan2.1_1.3B_t2v_liteattention": ("Wan 2.1 1.3B", "Text to video, small cards", [[(30, 2)]]),
@@ -155,8 +148,6 @@ def run_the_demo(server: Any, browser: Any) -> tuple[bytes, bytes]:
 def help_pictures(browser: Any) -> None:
     """Each node by itself; those of the demo graph after its run, those for Raylight without one."""
     browser.set_window_size(2000, 1500)
-    browser.execute_script(ADD, RAYLIGHT)
-    time.sleep(1)
     for kind, scale, width in (("LiteAttention", 1.5, 480), ("LiteAttentionReport", 1.3, 800),
                                ("LiteAttentionCompare", 1.3, 800), ("LiteAttentionDemoModel", 1.3, 480),
                                ("LiteAttentionDemoPrompt", 1.3, 480), ("LiteAttentionDemoDecode", 1.3, 480),
