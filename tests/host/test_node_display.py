@@ -13,7 +13,6 @@ from liteattention.tools.server import ROOT, ComfyServer
 RENDERERS = {"litegraph": False, "nodes 2.0": True}
 LITE, SAMPLER, REPORT, SHIFT = 4, 7, 12, 3
 BYPASSED = 4
-KEPT = {2, SHIFT, LITE, 5, 6, SAMPLER, REPORT}
 
 LOAD = """
 const [graph, name, done] = arguments;
@@ -57,19 +56,9 @@ app.queuePrompt(0);
 
 
 def small_graph(number=0):
-    """The demo's graph without the dense sampler, for a run of four short steps; each number is a workflow."""
-    graph = json.loads((ROOT / "workflows" / "liteattention_tiny_demo.json").read_text(encoding="utf-8"))
-    graph["nodes"] = [node for node in graph["nodes"] if node["id"] in KEPT]
-    graph["links"] = [link for link in graph["links"] if {link[1], link[3]} <= KEPT]
-    links = {link[0] for link in graph["links"]}
-    for node in graph["nodes"]:
-        for output in node["outputs"]:
-            output["links"] = [link for link in output["links"] if link in links]
-    nodes = {node["id"]: node for node in graph["nodes"]}
-    nodes[6]["widgets_values"][:3] = [128, 128, 17]
-    nodes[SAMPLER]["widgets_values"][2] = 4
-    nodes[LITE]["widgets_values"][5] = 128  # min_tokens
-    return graph | {"groups": [], "id": f"00000000-0000-4000-8000-{number:012}"}
+    """Model, prompt, size, LiteAttention, sampler and Report: a run of four short steps; each number is a workflow."""
+    graph = json.loads((ROOT / "tests" / "host" / "small_graph.json").read_text(encoding="utf-8"))
+    return graph | {"id": f"00000000-0000-4000-8000-{number:012}"}
 
 
 @pytest.fixture(scope="module")
