@@ -97,7 +97,8 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
               "PRECISION": "ieee" if arch.startswith("gfx") or q.dtype != torch.float32 else "tf32x3"}
     kind = (device, q.dtype, *map(_layout, (q, k, v, computed)), lse is None, must_keep is None, recording, mass, int8,
             pool_skipped, hopper, config)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _alone_at_first(kind):
+    with torch.cuda.device(device) if device.type == "cuda" else _FREE, \
+            _FREE if kind in _compiled else _alone_at_first(kind):
         if int8:
             threshold -= INT8_GUARD
         threshold = 2.0 ** threshold if mass else threshold
@@ -129,6 +130,7 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor |
 
 _compiling = threading.Lock()
 _compiled: set[Hashable] = set()
+_FREE = nullcontext()
 """Kinds of calls whose kernels are loaded in this process."""
 
 
@@ -140,9 +142,6 @@ def _alone_at_first(kind: Hashable) -> Iterator[None]:
     GPU finds it in the cache on disk. The interpreter has one position in the grid for a whole process: there every
     call is alone.
     """
-    if kind in _compiled:
-        yield
-        return
     with _compiling:
         yield
         if isinstance(attention_kernel, JITFunction):
