@@ -13,6 +13,7 @@ from liteattention.tools.server import ROOT, ComfyServer, PromptFailed
 from liteattention.tools.workflow_files import inner_nodes
 
 COMFY = find_comfyui()
+COMFY_MODELS = {path.name for path in (COMFY / "comfy" / "ldm").iterdir()}
 EXPECTED_INPUTS = {
     # id: (type, default, further options)
     "model": ("MODEL", None, {}),
@@ -143,6 +144,8 @@ def test_tooltips_name_the_defaults_that_are_there(server):
 def test_shipped_workflows_use_nodes_that_are_there(server, path):
     known = server.get("/object_info")
     missing = {node["type"] for node in inner_nodes(json.loads(path.read_text(encoding="utf-8")))} - set(known)
+    if "MiniMaxH3ImageToVideo" in missing and "minimax" not in COMFY_MODELS:
+        pytest.skip("this ComfyUI has no MiniMax H3")
     assert missing <= {"MarkdownNote"}, "a node of the frontend alone"
 
 
