@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
@@ -39,6 +40,11 @@ def core(path: str) -> Any:
 def missing() -> list[str]:
     """What is required and not in this ComfyUI."""
     return [path for path in REQUIRED if core(path) is None]
+
+
+def server() -> Any:
+    """ComfyUI's server, or None where none runs in this process."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def allocation_guard() -> AbstractContextManager:

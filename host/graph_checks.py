@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..runtime import words
 from . import progress
+from .compat import server
 from .language import language
 
 log = logging.getLogger("LiteAttention")
@@ -74,9 +75,9 @@ def _loaded_nodes() -> dict[str, type]:
 
 def watch_prompts() -> None:
     """Say of every prompt that is queued which of its LiteAttention nodes do nothing: those may never be executed."""
-    server = progress.server()
-    if server is not None:
-        server.add_on_prompt_handler(_tell)
+    running = server()
+    if running is not None:
+        running.add_on_prompt_handler(_tell)
 
 
 def _tell(request: dict) -> dict:

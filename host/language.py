@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 from ..runtime.words import ENGLISH
-from .compat import core
+from .compat import core, server
 
 _SETTINGS = "comfy.settings.json"
 _LOCALE = "Comfy.Locale"
@@ -37,8 +35,8 @@ def _stored() -> str:
 
 
 def _of_browser() -> str:
-    server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    connection = getattr(server, "sockets", {}).get(getattr(server, "client_id", None))
+    running = server()
+    connection = getattr(running, "sockets", {}).get(getattr(running, "client_id", None))
     request = getattr(connection, "_req", None)  # aiohttp keeps it, without a public name
     return frontend_locale(getattr(request, "headers", {}).get("Accept-Language", ""))
 

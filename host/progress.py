@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..runtime import Phase, RunSummary, StepReport, words
+from .compat import server
 from .language import language
 
 log = logging.getLogger("LiteAttention")
@@ -76,11 +76,6 @@ def show(node_id: str | None, lines: list[str], workflow: str | None, client_id:
     # The message first: the script then has its widget, and the frontend makes none of its own for the text.
     _to_server(lambda server: server.send_sync(EVENT, message, client_id or getattr(server, "client_id", None)))
     _to_server(lambda server: server.send_progress_text("\n".join(lines), node_id))
-
-
-def server() -> Any:
-    """ComfyUI's server, or None where none runs in this process."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def _to_server(send: Callable[[Any], None]) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from comfy_api.latest import io
 
-from comfy_api.latest import io, ui
-
-from ..host import language, raylight
-from ..report import draw_run
+from ..host import raylight
 from ..runtime import LiteAttentionConfig
 from .apply import LiteAttention, chosen_rule, shared_inputs
+from .report import report_outputs, reported
 
 RayActors = io.Custom("RAY_ACTORS")
 
@@ -77,20 +75,11 @@ class LiteAttentionRaylightReport(io.ComfyNode):
                                                       "waits for it."),
                 io.Latent.Input("samples", tooltip="The sampler's latent; passed through."),
             ],
-            outputs=[
-                io.Latent.Output(display_name="samples", tooltip="The latent as it came."),
-                io.Image.Output(display_name="plot", tooltip="The picture, 1600 x 1200."),
-                io.String.Output(display_name="summary", tooltip="The same in a few lines of text."),
-                io.String.Output(display_name="stats", tooltip="Every number as JSON. Please add it to bug reports."),
-            ],
+            outputs=report_outputs(),
             is_output_node=True,
             is_experimental=True,
         )
 
     @classmethod
     def execute(cls, ray_actors, samples: dict) -> io.NodeOutput:
-        summary = raylight.last_run(ray_actors)
-        stats = summary.to_dict()
-        plot = draw_run(stats)
-        return io.NodeOutput(samples, plot, summary.report(language()), json.dumps(stats),
-                             ui=ui.PreviewImage(plot, cls=cls))
+        return reported(cls, samples, raylight.last_run(ray_actors))

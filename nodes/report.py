@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from comfy_api.latest import io, ui
 
 from ..host import language, run_handle
-from ..report import compare_clips, draw_run, mask_pictures
+from ..report import MaskPicture, compare_clips, draw_run, mask_pictures
 from ..runtime import RunHandle, RunSummary, parse_blocks, words
 
 _FRAMES_MAX, _GAIN_MAX = 8, 64.0
 
 NOT_ON_MODEL = "the model has no LiteAttention on it (bypassed or not connected)"
 NO_RUN = "no sampling run of this model has finished; connect the latent of the sampler that uses it to samples"
+
+
+def report_outputs() -> list[io.Output]:
+    """What a report gives."""
+    return [
+        io.Latent.Output(display_name="samples", tooltip="The latent as it came."),
+        io.Image.Output(display_name="plot", tooltip="The picture, 1600 x 1200."),
+        io.String.Output(display_name="summary", tooltip="The same in a few lines of text."),
+        io.String.Output(display_name="stats", tooltip="Every number as JSON. Please add it to bug reports."),
+    ]
+
+
+def reported(node: type[io.ComfyNode], samples: dict, summary: RunSummary,
+             pictures: Sequence[MaskPicture] = ()) -> io.NodeOutput:
+    """A run as `report_outputs`, with its picture on the node."""
+    stats = summary.to_dict()
+    plot = draw_run(stats, pictures)
+    return io.NodeOutput(samples, plot, summary.report(language()), json.dumps(stats),
+                         ui=ui.PreviewImage(plot, cls=node))
 
 
 class LiteAttentionReport(io.ComfyNode):
@@ -41,12 +61,7 @@ class LiteAttentionReport(io.ComfyNode):
                     tooltip='Heads whose masks are drawn, as in "0, 5"; at most two. Empty: all heads at once, and the '
                             "one that skips most."),
             ],
-            outputs=[
-                io.Latent.Output(display_name="samples", tooltip="The latent as it came."),
-                io.Image.Output(display_name="plot", tooltip="The picture, 1600 x 1200."),
-                io.String.Output(display_name="summary", tooltip="The same in a few lines of text."),
-                io.String.Output(display_name="stats", tooltip="Every number as JSON. Please add it to bug reports."),
-            ],
+            outputs=report_outputs(),
             is_output_node=True,
         )
 
@@ -63,15 +78,13 @@ class LiteAttentionReport(io.ComfyNode):
     @classmethod
     def execute(cls, model, samples: dict, layers: str = "", heads: str = "") -> io.NodeOutput:
         # Without a run there is nothing to report, and still a latent that has to get on: never an error.
-        handle = run_handle(model) or RunHandle()
-        summary = handle.summary or RunSummary.off(NO_RUN if run_handle(model) else NOT_ON_MODEL)
-        stats = summary.to_dict()
+        found = run_handle(model)
+        handle = found or RunHandle()
+        summary = handle.summary or RunSummary.off(NO_RUN if found else NOT_ON_MODEL)
         pictures = [] if handle.masks is None else mask_pictures(
             handle.masks.by_layer(), parse_blocks(layers).holds, parse_blocks(heads).holds,
             handle.layout.frame_edges if handle.layout is not None else lambda seqlen: ())
-        plot = draw_run(stats, pictures)
-        return io.NodeOutput(samples, plot, summary.report(language()), json.dumps(stats),
-                             ui=ui.PreviewImage(plot, cls=cls))
+        return reported(cls, samples, summary, pictures)
 
 
 class LiteAttentionCompare(io.ComfyNode):
